@@ -1,0 +1,36 @@
+"""resect: brain surgery on trained PyTorch networks.
+
+It watches which neurons do the work, cuts the rest out, and keeps a promise about what must stay true.
+The listing of this package reads as the story of the operation: anatomy, tracing, scoring, plan, surgery, repair, searching.
+"""
+
+from resect import testing
+from resect.anatomy import Anatomy, Group, dissect
+from resect.errors import (
+    DataError,
+    FileError,
+    GoalError,
+    ModelError,
+    PlanError,
+    ResectError,
+    ScoreError,
+    SurgeryError,
+)
+from resect.evaluation import Evaluation, Latency, evaluate, latency
+from resect.exporting import load, load_plan, save
+from resect.pipeline import prune
+from resect.plan import Cost, Plan
+from resect.repair import reestimate, repair, repair_sequentially
+from resect.scoring import SCORERS, Scores, score, scorer
+from resect.searching import Budget, Certificate, Floor, Found, Trial, certify, search
+from resect.surgery import cut, masked, verify
+from resect.tracing import Evidence, Trace, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SCORERS", "Anatomy", "Budget", "Certificate", "Cost", "DataError", "Evaluation", "Evidence", "FileError", "Floor", "Found",
+    "GoalError", "Group", "Latency", "ModelError", "Plan", "PlanError", "ResectError", "ScoreError", "Scores", "SurgeryError",
+    "Trace", "Trial", "certify", "cut", "dissect", "evaluate", "latency", "load", "load_plan", "masked", "prune", "reestimate",
+    "repair", "repair_sequentially", "save", "score", "scorer", "search", "testing", "trace", "verify",
+]  # fmt: skip

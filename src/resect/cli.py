@@ -1,0 +1,333 @@
+"""The command line: every verb is the function of the same name, with its results printed and written.
+
+Exit codes: 0 the floor is certified, 3 it is not (the best network is written all the same), 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from resect.errors import DataError, GoalError, ResectError
+
+if TYPE_CHECKING:
+    from resect.reporting import Report
+    from resect.searching import Floor, Found
+    from resect.sources import Source, Splits
+
+CERTIFIED, BAD_INPUT, NOT_CERTIFIED, INTERRUPTED = 0, 2, 3, 130
+
+app = typer.Typer(
+    name="resect",
+    help="Find the smallest network that keeps a promise about accuracy, and prove it on data that the search never saw.",
+    epilog="Exit codes: 0 floor certified, 3 floor not certified (the best network is written all the same), 2 bad input.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class CertifyFrom(str, Enum):  # noqa: UP042 (typer shows the values of a str enum on every version)
+    train = "train"
+    test = "test"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="module:function, or a directory that resect wrote.")]
+Data = Annotated[str, typer.Option(help="digits, a folder or hub id of a Hugging Face image data set, or module:function.")]
+FloorOption = Annotated[float | None, typer.Option("--floor", help="Promise: accuracy at least this share, such as 0.95.")]
+Drop = Annotated[float | None, typer.Option(help="Promise: at most this share below the dense network; 0.01 is one point.")]
+Delta = Annotated[float, typer.Option(help="The certificate is wrong with at most this probability.")]
+Scorer = Annotated[str | None, typer.Option(help="How units are scored (default: the library's).")]
+Repair = Annotated[str, typer.Option(help="none, mean or least_squares.")]
+Allocation = Annotated[str | None, typer.Option(help="How cuts are spread over groups; threshold is the seed method's.")]
+Evaluations = Annotated[int | None, typer.Option(min=1, help="At most so many candidates are judged.")]
+Seconds = Annotated[float | None, typer.Option(min=0, help="At most so many seconds of search.")]
+Seed = Annotated[int, typer.Option(help="Seed of splits, training and search.")]
+Out = Annotated[Path, typer.Option(help="Directory to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print result.json to standard output instead of the report.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict only.")]
+Architecture = Annotated[
+    str | None, typer.Option(help="module:function that makes the dense network of a saved directory, where that is your code.")
+]
+Shape = Annotated[str | None, typer.Option(help="Shape of one batch of inputs, such as 1,3,32,32.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a cut is asked for: the promise, how to search, what to print and where to write."""
+
+    floor: Floor
+    seed: int
+    out: Path
+    json: bool
+    quiet: bool
+    search: Mapping[str, Any] = field(default_factory=dict)
+
+
+@app.command()
+def demo(
+    data: Data = "digits",
+    floor: FloorOption = None,
+    drop: Drop = None,
+    delta: Delta = 0.05,
+    seed: Seed = 0,
+    out: Out = Path("out"),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small network, cut it to the leanest that keeps 95 % accuracy, certify it, and write both."""
+    with _exit_codes():
+        from resect.sources import load_data
+
+        goal = _floor(0.95 if floor is None and drop is None else floor, drop, delta)
+        splits = load_data(data, seed=seed)
+        source = _trained(splits, seed, quiet=quiet or json)
+        run = Run(floor=goal, seed=seed, out=out / "small", json=json, quiet=quiet)
+        _finish(_cut(source, splits, run, dense_out=out / "dense"), run)
+
+
+@app.command()
+def prune(
+    model: Model,
+    data: Data,
+    floor: FloorOption = None,
+    drop: Drop = None,
+    delta: Delta = 0.05,
+    scorer: Scorer = None,
+    repair: Repair = "least_squares",
+    allocation: Allocation = None,
+    evaluations: Evaluations = None,
+    seconds: Seconds = None,
+    certify_from: Annotated[
+        CertifyFrom, typer.Option(help="train: the network was trained on this resect's train split only.")
+    ] = CertifyFrom.test,
+    architecture: Architecture = None,
+    seed: Seed = 0,
+    out: Out = Path("small"),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Cut MODEL to the leanest network that keeps the floor, certify it, and write it to a directory."""
+    with _exit_codes():
+        from resect.sources import fitted, load_data, load_model
+
+        goal = _floor(floor, drop, delta)
+        source = load_model(model, architecture=architecture)
+        splits = fitted(source.model, load_data(data, seed=seed, certify_from=certify_from.value))
+        search = {"scorer": scorer, "repair": repair, "allocation": allocation, "evaluations": evaluations, "seconds": seconds}
+        given = {name: value for name, value in search.items() if value is not None}
+        run = Run(floor=goal, seed=seed, out=out, json=json, quiet=quiet, search=given)
+        _finish(_cut(source, splits, run), run)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    data: Annotated[str | None, Data] = None,
+    shape: Shape = None,
+    architecture: Architecture = None,
+    json: Json = False,
+) -> None:
+    """Show what can be removed from MODEL, what goes with it, and what stays and why."""
+    with _exit_codes():
+        from resect.anatomy import dissect
+        from resect.sources import load_model
+
+        source = load_model(model, architecture=architecture)
+        anatomy = dissect(source.model, _example(source, model, data, shape))
+        typer.echo(_as_json(_anatomy_record(anatomy)) if json else str(anatomy))
+
+
+@app.command()
+def bench(
+    directory: Annotated[Path, typer.Argument(help="A directory that resect wrote.")],
+    batches: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,64",
+    rounds: Annotated[int, typer.Option(min=1)] = 30,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    architecture: Architecture = None,
+    json: Json = False,
+) -> None:
+    """Measure the network in DIRECTORY against its dense architecture, side by side."""
+    with _exit_codes():
+        from resect.evaluation import latency
+        from resect.exporting import load, make_dense, make_example
+
+        dense, small = make_dense(directory, architecture), load(directory, architecture)
+        sizes = _integers(batches, "--batches")
+        measured = latency(dense, small, make_example(directory), batches=sizes, rounds=rounds, threads=threads)
+        typer.echo(_as_json([entry.to_dict() for entry in measured]) if json else "\n".join(map(str, measured)))
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    sys.exit(CERTIFIED)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Errors of the user's making are one line and exit code 2; an interruption is 130."""
+    try:
+        yield
+    except ResectError as error:
+        typer.echo(f"resect: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except KeyboardInterrupt:
+        typer.echo("resect: interrupted; nothing half-written was left behind", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _floor(accuracy: float | None, drop: float | None, delta: float) -> Floor:
+    from resect.searching import Floor
+
+    if (accuracy is None) == (drop is None):
+        raise GoalError(
+            "say what must stay true: --floor 0.95 (accuracy at least 95 %) or --drop 0.01 (at most one point lost)."
+        )
+    return Floor(accuracy=accuracy, drop=drop, delta=delta)
+
+
+def _trained(splits: Splits, seed: int, *, quiet: bool) -> Source:
+    """The demonstration's network for these data, trained on their train split."""
+    from resect.sources import Source
+    from resect.sources.demo import ARCHITECTURE, mlp, recipe, train
+
+    widths, settings = recipe(splits)
+    console = Console(stderr=True, quiet=quiet)
+    with console.status(f"training {'-'.join(map(str, widths))} on {splits.train.examples:,} examples") as status:
+        model = train(
+            mlp(widths, seed),
+            splits.train,
+            seed=seed,
+            progress=lambda epoch, loss: status.update(f"epoch {epoch} of {settings['epochs']}, loss {loss:.4f}"),
+            **settings,
+        )
+    name = "-".join(map(str, widths))
+    return Source(model=model, name=name, architecture=ARCHITECTURE, arguments={"widths": list(widths)})
+
+
+def _cut(source: Source, splits: Splits, run: Run, *, dense_out: Path | None = None) -> Report:
+    """Prune, measure on test, and write the network, its report, and the dense one where that is asked for."""
+    from resect.exporting import save
+    from resect.pipeline import prune as prune_network
+    from resect.plan import Plan
+    from resect.reporting import report_files
+
+    found = prune_network(
+        source.model,
+        splits.calibrate,
+        splits.search,
+        floor=run.floor,
+        certify=splits.certify,
+        seed=run.seed,
+        quiet=run.quiet or run.json,
+        **run.search,
+    )
+    report = _report(source, splits, run, found)
+    origin = {"architecture": source.architecture, "arguments": source.arguments, "seed": run.seed}
+    save(found.model, found.plan, run.out, found=found, data=report.fingerprints, files=report_files(report), **origin)
+    if dense_out is not None:
+        save(source.model, Plan.all(found.plan.anatomy), dense_out, data=report.fingerprints, **origin)
+    return report
+
+
+def _report(source: Source, splits: Splits, run: Run, found: Found) -> Report:
+    from resect.evaluation import evaluate, latency
+    from resect.reporting import Report
+
+    return Report(
+        found=found,
+        model=source.name,
+        data=splits.name,
+        dense=evaluate(source.model, splits.test),
+        small=evaluate(found.model, splits.test),
+        latency=latency(source.model, found.model, splits.test.inputs[:1]),
+        class_names=splits.class_names,
+        settings={"floor": str(run.floor), "delta": f"{run.floor.delta:g}", "seed": str(run.seed), **run.search},
+        notes=(splits.note,) if splits.note else (),
+        fingerprints=splits.fingerprints,
+    )
+
+
+def _finish(report: Report, run: Run) -> None:
+    """Print what was asked for, and exit with 3 where the floor is not certified."""
+    from resect.reporting import print_report, record
+    from resect.reporting.report import verdict
+
+    outcome = verdict(report)
+    if run.json:
+        typer.echo(_as_json(record(report)))
+    elif run.quiet:
+        typer.echo(f"{outcome.word}: {outcome.promise}")
+    else:
+        print_report(report)
+        Console().print(f"\nwritten to {run.out}{'/'} (open {run.out / 'report.html'})", highlight=False)
+    if not outcome.kept:
+        typer.echo(f"resect: the floor is not certified; the best network found is in {run.out}", err=True)
+        raise typer.Exit(NOT_CERTIFIED)
+
+
+def _example(source: Source, model: str, data: str | None, shape: str | None) -> Any:
+    """An input for `inspect`: from the data, the shape, or the saved directory's own record."""
+    import torch
+
+    from resect.exporting import is_saved, make_example
+    from resect.sources import fitted, load_data
+
+    if data is not None:
+        return fitted(source.model, load_data(data)).search.inputs[:2]
+    if shape is not None:
+        return torch.zeros(_integers(shape, "--shape"))
+    if is_saved(model):
+        positional, keyword = make_example(model)
+        return keyword or positional
+    raise DataError("to watch the network once, its inputs must be known: give --shape 1,3,32,32, or --data.")
+
+
+def _integers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise DataError(f"{option} {text!r} is not a list of positive whole numbers; write {option} 1,64.")
+    return numbers
+
+
+def _anatomy_record(anatomy: Any) -> dict[str, Any]:
+    return {
+        "fingerprint": anatomy.fingerprint,
+        "groups": [
+            {
+                "name": group.name,
+                "kind": group.kind,
+                "units": group.units,
+                "multiple_of": group.multiple_of,
+                "writers": sorted({part.tensor for part in group.writers}),
+                "readers": sorted({part.tensor for part in group.readers}),
+            }
+            for group in anatomy.groups
+        ],
+        "pinned": [{"name": pin.name, "units": pin.units, "reason": pin.reason, "where": pin.where} for pin in anatomy.pins],
+    }
+
+
+def _as_json(value: Any) -> str:
+    import numpy as np
+
+    return json.dumps(
+        value, indent=2, default=lambda item: item.tolist() if isinstance(item, np.generic | np.ndarray) else str(item)
+    )

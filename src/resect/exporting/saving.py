@@ -1,0 +1,228 @@
+"""Writing a cut network: tensors, plan and reports, in one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from resect.errors import FileError, ModelError
+from resect.plan import Plan
+
+if TYPE_CHECKING:
+    from resect.anatomy import Anatomy
+    from resect.searching import Found
+
+FORMAT = "resect plan"
+FORMAT_VERSION = 1
+WEIGHTS, BUFFERS, PLAN = "model.safetensors", "buffers.safetensors", "plan.json"
+_KNOWN_FILES = frozenset({WEIGHTS, BUFFERS, PLAN, "result.json", "report.html", "trials.jsonl"})
+
+
+def save(
+    model: nn.Module,
+    plan: Plan,
+    directory: str | os.PathLike[str],
+    *,
+    architecture: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    found: Found | None = None,
+    data: Mapping[str, str] | None = None,
+    seed: int | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `model`, which was cut by `plan`, to `directory` and return its path.
+
+    architecture: "module:function" that makes the dense network, called with `arguments` (anything JSON can hold). found:
+    the outcome of a search; its floor and certificate go into ``plan.json``. data: fingerprints by split. files: further
+    text files by name, such as ``{"report.html": ...}``.
+
+    A directory that resect wrote before is replaced in one rename. FileError where the directory holds anything else, or
+    cannot be written; nothing is left half-written.
+    """
+    directory = Path(directory)
+    _refuse_foreign(directory)
+    try:
+        with _renamed_into(directory) as folder:
+            record = _record(model, plan, architecture, arguments, found, data, seed)
+            record["files"] = _write_tensors(model, folder)
+            for name, text in (files or {}).items():
+                (folder / name).write_text(text, encoding="utf-8")
+            (folder / PLAN).write_text(_sealed(record), encoding="utf-8")
+    except OSError as error:
+        raise FileError(
+            f"cannot write {directory}: {error.strerror or error}. Name a directory that you may write to."
+        ) from error
+    return directory
+
+
+def is_saved(directory: str | os.PathLike[str]) -> bool:
+    """Whether `directory` looks like one that `save` wrote (its content is not verified)."""
+    return (Path(directory) / PLAN).is_file()
+
+
+def _record(
+    model: nn.Module,
+    plan: Plan,
+    architecture: str | None,
+    arguments: Mapping[str, Any] | None,
+    found: Found | None,
+    data: Mapping[str, str] | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    anatomy = plan.anatomy
+    persistent, transient = _split_tensors(model)
+    if arguments and architecture is None:
+        raise ModelError("arguments were given without the architecture they belong to; pass architecture='module:function'.")
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "architecture": None if architecture is None else {"factory": architecture, "arguments": dict(arguments or {})},
+        "example": _example(anatomy),
+        "anatomy": anatomy.fingerprint,
+        "keep": {n: {"units": len(k), "kept": np.flatnonzero(k).tolist()} for n, k in sorted(plan.keep.items())},
+        "goal": None if found is None else found.goal.to_dict(),
+        "certificate": None if found is None or found.certificate is None else found.certificate.to_dict(),
+        "seed": seed,
+        "data": dict(data or {}),
+        "versions": _versions(),
+        "dense_shapes": {name: list(shape) for name, shape in sorted(anatomy.shapes.items())},
+        "shapes": {name: list(t.shape) for name, t in sorted({**persistent, **transient}.items())},
+        "aliases": _aliases(model),
+        "attributes": _attributes(model, anatomy),
+    }
+
+
+def _example(anatomy: Anatomy) -> list[Any] | None:
+    """Shapes and types of the inputs the network was watched on, one example each; None where they are not all tensors."""
+    positional, keyword = anatomy.example
+    if not all(isinstance(value, Tensor) and value.ndim for value in (*positional, *keyword.values())):
+        return None
+
+    def entry(value: Tensor) -> dict[str, Any]:
+        return {"shape": [1, *value.shape[1:]], "dtype": str(value.dtype).removeprefix("torch.")}
+
+    return [[entry(value) for value in positional], {name: entry(value) for name, value in keyword.items()}]
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("resect", "torch", "numpy", "safetensors")}
+
+
+def _split_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(state dict, other buffers) by canonical name: a tied tensor is there once, under the first of its names."""
+    first_names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    state = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    transient = {name: b for name, b in model.named_buffers() if name not in state}
+    return {name: tensor for name, tensor in state.items() if name in first_names}, transient
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Other names of the same tensor, by its first name."""
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    names: dict[int, list[str]] = {}
+    for name, tensor in every:
+        names.setdefault(id(tensor), []).append(name)
+    return {first: others for first, *others in names.values() if others}
+
+
+def _attributes(model: nn.Module, anatomy: Anatomy) -> dict[str, dict[str, Any]]:
+    """Values, after the cut, of the attributes that repeat a width, by module and attribute."""
+    values: dict[str, dict[str, Any]] = {}
+    for edit in anatomy.edits:
+        value = operator.attrgetter(edit.attribute)(model.get_submodule(edit.module))
+        values.setdefault(edit.module, {})[edit.attribute] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def _write_tensors(model: nn.Module, folder: Path) -> dict[str, str]:
+    """Write the tensor files and return their checksums by file name."""
+    persistent, transient = _split_tensors(model)
+    checksums = {}
+    for file, tensors in ((WEIGHTS, persistent), (BUFFERS, transient)):
+        if tensors or file == WEIGHTS:
+            save_file({name: _own_copy(tensor) for name, tensor in tensors.items()}, folder / file, metadata={"format": "pt"})
+            checksums[file] = file_checksum(folder / file)
+    return checksums
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+
+
+def _sealed(record: Mapping[str, Any]) -> str:
+    """`record` as text, one top-level entry a line, with its own checksum."""
+    entries = {**record, "checksum": checksum(record)}
+    lines = (f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in entries.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """FileError where writing to `directory` would destroy something that resect did not write."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise FileError(f"{directory} is a file; name a directory to write the network to.")
+    present = sorted(path.name for path in directory.iterdir())
+    foreign = [name for name in present if name not in _KNOWN_FILES]
+    if present and (foreign or not is_saved(directory)):
+        what = foreign[0] if foreign else present[0]
+        raise FileError(
+            f"{directory} holds {what}, which is not part of a network saved by resect; it was left as it is. "
+            "Name an empty or new directory."
+        )
+
+
+class _renamed_into:
+    """A new folder beside `directory` that takes its place when the block ends well, and vanishes when it does not."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        token = f"{directory.name}.{secrets.token_hex(4)}"
+        self.new = directory.parent / f".{token}.new"
+        self.old = directory.parent / f".{token}.old"
+
+    def __enter__(self) -> Path:
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        self.new.mkdir()
+        return self.new
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._swap()
+        finally:
+            shutil.rmtree(self.new, ignore_errors=True)
+            shutil.rmtree(self.old, ignore_errors=True)
+
+    def _swap(self) -> None:
+        if self.directory.exists():
+            self.directory.rename(self.old)
+        try:
+            self.new.rename(self.directory)
+        except BaseException:
+            if self.old.exists():
+                self.old.rename(self.directory)
+            raise

@@ -1,0 +1,254 @@
+"""Repair from the trace alone: what is left of every reader is re-solved so that its outputs change as little as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, lstsq
+from torch import Tensor
+
+from resect.anatomy import Group
+from resect.errors import PlanError
+from resect.plan import Plan
+from resect.tracing import Reader, Trace
+from resect.tracing.trace import as_matrix
+
+Method = Literal["none", "mean", "least_squares"]
+METHODS: tuple[Method, ...] = get_args(Method)
+RIDGES = (1e-5, 1e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What repair did for one reader: the method chosen, the ridge, and the held-out error without and with it.
+
+    Errors are shares of the variance of the reader's outputs on the held-out fifth of the calibrate data. condition: of the
+    second moments that were inverted (0 where none were).
+    """
+
+    method: Method
+    ridge: float
+    error_before: float
+    error_after: float
+    condition: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Repair:
+    """Full-size tensors by name that replace the network's own before a cut, and what was chosen for every reader."""
+
+    weights: Mapping[str, Tensor]
+    choices: Mapping[str, Choice]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """One reader (or one block of a grouped convolution): y = weight x, of whose columns only `kept` remain.
+
+    weight: (outputs, columns). fit, held: (columns + 1, columns + 1) second moments of x with a constant 1 last. constant:
+    whether a constant may be added to the outputs.
+    """
+
+    weight: np.ndarray
+    fit: np.ndarray
+    held: np.ndarray
+    kept: np.ndarray
+    constant: bool
+
+    @property
+    def removed(self) -> np.ndarray:
+        return np.setdiff1d(np.arange(self.weight.shape[1]), self.kept)
+
+    @property
+    def basis(self) -> np.ndarray:
+        return np.append(self.kept, self.weight.shape[1]) if self.constant else self.kept
+
+    def error(self, change: np.ndarray, moments: np.ndarray) -> float:
+        """Squared error of the outputs when the removed columns go and `change` (outputs, basis) is added to the basis."""
+        residual = np.zeros((len(self.weight), self.weight.shape[1] + 1))
+        residual[:, self.removed] = self.weight[:, self.removed]
+        residual[:, self.basis] -= change
+        return float(np.einsum("oi,ij,oj->", residual, moments, residual, optimize=True))
+
+    def energy(self) -> float:
+        """Squared size of the outputs around their mean on the held-out moments."""
+        count = max(self.held[-1, -1], 1.0)
+        mean = self.held[-1, :-1] / count
+        centred = self.held[:-1, :-1] - count * np.outer(mean, mean)
+        return max(float(np.einsum("oi,ij,oj->", self.weight, centred, self.weight, optimize=True)), 1e-300)
+
+    def none(self, moments: np.ndarray) -> np.ndarray:
+        return np.zeros((len(self.weight), len(self.basis)))
+
+    def mean(self, moments: np.ndarray) -> np.ndarray:
+        """The removed units' mean, folded into the constant."""
+        change = self.none(moments)
+        if self.constant:
+            change[:, -1] = self.weight[:, self.removed] @ moments[self.removed, -1] / max(moments[-1, -1], 1.0)
+        return change
+
+    def least_squares(self, moments: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
+        """The ridge solution around the unrepaired reader (so that it is never worse than none), and the condition number."""
+        square = moments[np.ix_(self.basis, self.basis)]
+        cross = self.weight[:, self.removed] @ moments[np.ix_(self.removed, self.basis)]
+        return solve(square, cross, ridge * float(np.mean(np.diag(moments)[:-1])))
+
+
+def solve(square: np.ndarray, cross: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
+    """cross (square + ridge I)^-1 by Cholesky, by minimum-norm least squares where that breaks down; and a condition bound."""
+    regular = square + ridge * np.eye(len(square))
+    try:
+        factor = cho_factor(regular)
+        diagonal = np.diag(factor[0])
+        return cho_solve(factor, cross.T).T, float((diagonal.max() / diagonal.min()) ** 2)
+    except LinAlgError:
+        return lstsq(regular, cross.T)[0].T, float("inf")
+
+
+def repair(trace: Trace, plan: Plan, method: Method = "least_squares") -> Repair:
+    """Re-solve every reader that loses columns, from the trace's second moments; milliseconds, and no data.
+
+    method: the highest rung that may be used: "none"; "mean" folds the removed units' mean into the bias; "least_squares"
+    re-fits weight and bias, W' = W G[:, S] (G[S, S] + ridge I)^-1 with the constant 1 as one more input. For each reader the
+    rung with the least error on the held-out fifth of the calibrate data is taken, then solved on all of it.
+
+    A convolution is solved on its patches; a reader without bias puts the constant into the batch norm behind it, or does
+    without. Raises PlanError for an unknown method.
+    """
+    if method not in METHODS:
+        raise PlanError(f"there is no repair {method!r}; write one of {', '.join(METHODS)}")
+    weights: dict[str, Tensor] = {}
+    choices: dict[str, Choice] = {}
+    for name, kept in kept_columns(trace, plan).items():
+        sums, reader = trace.sums[name], trace.readers[name]
+        if method == "none" or sums.gram is None or sums.held is None:
+            choices[name] = Choice(method="none", ridge=0.0, error_before=float("nan"), error_after=float("nan"))
+            continue
+        problems = _problems(trace, name, kept, constant=reader.offset is not None)
+        changes, choice = _best(problems, method)
+        choices[name] = choice
+        if choice.method != "none":
+            fold(weights, trace.weights, reader, problems, changes)
+    return Repair(weights=weights, choices=choices)
+
+
+def kept_columns(trace: Trace, plan: Plan) -> dict[str, np.ndarray]:
+    """Per reader that loses units: the positions of its contracted axis (running through blocks) that stay."""
+    removed: dict[str, list[np.ndarray]] = {}
+    for group in plan.anatomy.groups:
+        gone = ~plan.keep[group.name]
+        if gone.any():
+            for part in group.readers:
+                if part.tensor in trace.sums:
+                    removed.setdefault(part.tensor, []).append(part.index[gone].ravel())
+    kept = {}
+    for name in trace.readers:
+        if name in removed:
+            reader = trace.readers[name]
+            size = trace.weights[name].shape[reader.axis] * reader.blocks
+            kept[name] = np.setdiff1d(np.arange(size), np.concatenate(removed[name]))
+    return kept
+
+
+def _problems(trace: Trace, name: str, kept: np.ndarray, *, constant: bool) -> list[Problem]:
+    sums, reader = trace.sums[name], trace.readers[name]
+    assert sums.gram is not None and sums.held is not None
+    matrix = as_matrix(trace.weights[name], reader.axis)
+    size = trace.weights[name].shape[reader.axis]
+    rows, kernel = len(matrix) // reader.blocks, matrix.shape[1] // size
+    problems = []
+    for block in range(reader.blocks):
+        inside = kept[kept // size == block] % size
+        columns = (inside[:, None] * kernel + np.arange(kernel)).ravel()
+        problems.append(
+            Problem(
+                weight=matrix[block * rows : (block + 1) * rows],
+                fit=sums.gram[block],
+                held=sums.held[block],
+                kept=columns,
+                constant=constant,
+            )
+        )
+    return problems
+
+
+def _best(problems: list[Problem], method: Method) -> tuple[list[np.ndarray], Choice]:
+    """The rung with the least held-out error over all blocks, solved again on all moments."""
+    before = sum(p.error(p.none(p.fit), p.held) for p in problems)
+    energy = sum(p.energy() for p in problems)
+    rungs: list[tuple[float, Method, float]] = [(before, "none", 0.0)]
+    rungs.append((sum(p.error(p.mean(p.fit), p.held) for p in problems), "mean", 0.0))
+    if method == "least_squares":
+        for ridge in RIDGES:
+            rungs.append((sum(p.error(p.least_squares(p.fit, ridge)[0], p.held) for p in problems), "least_squares", ridge))
+    # Without a held-out example every rung has error 0; the ladder's last rung is then the honest default.
+    error, chosen, ridge = min(rungs) if energy > 1e-300 else rungs[-1]
+    total = [p.fit + p.held for p in problems]
+    if chosen == "least_squares":
+        solved = [p.least_squares(moments, ridge) for p, moments in zip(problems, total)]
+        changes, condition = [change for change, _ in solved], max(condition for _, condition in solved)
+    else:
+        changes, condition = [(p.mean if chosen == "mean" else p.none)(moments) for p, moments in zip(problems, total)], 0.0
+    return changes, Choice(
+        method=chosen, ridge=ridge, error_before=before / energy, error_after=error / energy, condition=condition
+    )
+
+
+def fold(
+    weights: dict[str, Tensor], own: Mapping[str, Tensor], reader: Reader, problems: list[Problem], changes: list[np.ndarray]
+) -> None:
+    """Write the changed columns into a full-size copy of the reader's weight, and the constants into its offset."""
+    original = weights.get(reader.tensor, own[reader.tensor])
+    matrix = as_matrix(original, reader.axis).copy()
+    rows = len(matrix) // len(problems)
+    constants = np.zeros(len(matrix))
+    for block, (problem, change) in enumerate(zip(problems, changes)):
+        part = matrix[block * rows : (block + 1) * rows]
+        part[:, problem.removed] = 0.0
+        part[:, problem.kept] += change[:, : len(problem.kept)]
+        if problem.constant:
+            constants[block * rows : (block + 1) * rows] = change[:, -1]
+    weights[reader.tensor] = from_matrix(matrix, original, reader.axis)
+    if reader.offset is not None:
+        offset = weights.get(reader.offset, own[reader.offset])
+        weights[reader.offset] = (offset.double() + reader.sign * torch.from_numpy(constants).to(offset.device)).to(offset.dtype)
+
+
+def from_matrix(matrix: np.ndarray, like: Tensor, axis: int) -> Tensor:
+    """A weight of the shape and type of `like` from its (outputs, columns) form."""
+    tensor = torch.from_numpy(np.ascontiguousarray(matrix if axis else matrix.T)).reshape(like.shape)
+    return tensor.to(device=like.device, dtype=like.dtype)
+
+
+def predicted_errors(trace: Trace, group: Group, masks: Sequence[np.ndarray], method: Method) -> np.ndarray:
+    """What every mask of one group would cost, all other groups whole: (masks,) shares of the readers' output variance.
+
+    Summed over the group's readers, on the held-out fifth of the calibrate data, after the best allowed repair.
+    """
+    errors = np.zeros(len(masks))
+    for part in group.readers:
+        sums = trace.sums.get(part.tensor)
+        if sums is None or sums.gram is None or sums.held is None:
+            continue
+        reader = trace.readers[part.tensor]
+        size = trace.weights[part.tensor].shape[reader.axis] * reader.blocks
+        for number, mask in enumerate(masks):
+            if mask.all():
+                continue
+            kept = np.setdiff1d(np.arange(size), part.index[~mask].ravel())
+            problems = _problems(trace, part.tensor, kept, constant=reader.offset is not None)
+            errors[number] += _least_error(problems, method) / sum(p.energy() for p in problems)
+    return errors
+
+
+def _least_error(problems: list[Problem], method: Method) -> float:
+    rungs = [sum(p.error(p.none(p.fit), p.held) for p in problems)]
+    if method != "none":
+        rungs.append(sum(p.error(p.mean(p.fit), p.held) for p in problems))
+    if method == "least_squares":
+        rungs.append(sum(p.error(p.least_squares(p.fit, RIDGES[0])[0], p.held) for p in problems))
+    return min(rungs)
