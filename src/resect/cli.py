@@ -43,7 +43,8 @@ class CertifyFrom(str, Enum):  # noqa: UP042 (typer shows the values of a str en
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="module:function, or a directory that resect wrote.")]
-Data = Annotated[str, typer.Option(help="digits, a folder or hub id of a Hugging Face image data set, or module:function.")]
+_DATA = typer.Option(help="digits, a folder or hub id of a Hugging Face image data set, or module:function.")
+Data = Annotated[str, _DATA]
 FloorOption = Annotated[float | None, typer.Option("--floor", help="Promise: accuracy at least this share, such as 0.95.")]
 Drop = Annotated[float | None, typer.Option(help="Promise: at most this share below the dense network; 0.01 is one point.")]
 Delta = Annotated[float, typer.Option(help="The certificate is wrong with at most this probability.")]
@@ -73,6 +74,11 @@ class Run:
     quiet: bool
     search: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def trials(self) -> Path:
+        """Where trials are kept while the search goes on; what an interruption leaves."""
+        return self.out.with_name(f"{self.out.name}.trials.jsonl")
+
 
 @app.command()
 def demo(
@@ -93,7 +99,8 @@ def demo(
         splits = load_data(data, seed=seed)
         source = _trained(splits, seed, quiet=quiet or json)
         run = Run(floor=goal, seed=seed, out=out / "small", json=json, quiet=quiet)
-        _finish(_cut(source, splits, run, dense_out=out / "dense"), run)
+        with _exit_codes(run.trials):
+            _finish(_cut(source, splits, run, dense_out=out / "dense"), run)
 
 
 @app.command()
@@ -127,13 +134,14 @@ def prune(
         search = {"scorer": scorer, "repair": repair, "allocation": allocation, "evaluations": evaluations, "seconds": seconds}
         given = {name: value for name, value in search.items() if value is not None}
         run = Run(floor=goal, seed=seed, out=out, json=json, quiet=quiet, search=given)
-        _finish(_cut(source, splits, run), run)
+        with _exit_codes(run.trials):
+            _finish(_cut(source, splits, run), run)
 
 
 @app.command()
 def inspect(
     model: Model,
-    data: Annotated[str | None, Data] = None,
+    data: Annotated[str | None, _DATA] = None,
     shape: Shape = None,
     architecture: Architecture = None,
     json: Json = False,
@@ -178,16 +186,28 @@ def main() -> NoReturn:
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Errors of the user's making are one line and exit code 2; an interruption is 130."""
+def _exit_codes(trials: Path | None = None) -> Iterator[None]:
+    """Errors of the user's making are one line and exit code 2; an interruption is 130 and keeps the trials that ended."""
     try:
         yield
     except ResectError as error:
+        _drop_if_empty(trials)
         typer.echo(f"resect: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt:
-        typer.echo("resect: interrupted; nothing half-written was left behind", err=True)
+        kept = "" if _drop_if_empty(trials) else f"; the trials that ended are in {trials}"
+        typer.echo(f"resect: interrupted, nothing half-written is left{kept}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _drop_if_empty(trials: Path | None) -> bool:
+    """Whether there are no trials to keep; an empty file of them is removed."""
+    if trials is None or not trials.exists():
+        return True
+    if trials.stat().st_size:
+        return False
+    trials.unlink()
+    return True
 
 
 def _floor(accuracy: float | None, drop: float | None, delta: float) -> Floor:
@@ -221,24 +241,28 @@ def _trained(splits: Splits, seed: int, *, quiet: bool) -> Source:
 
 def _cut(source: Source, splits: Splits, run: Run, *, dense_out: Path | None = None) -> Report:
     """Prune, measure on test, and write the network, its report, and the dense one where that is asked for."""
-    from resect.exporting import save
+    from resect.exporting import check_writable, save
     from resect.pipeline import prune as prune_network
     from resect.plan import Plan
     from resect.reporting import report_files
 
+    check_writable(run.out)
     found = prune_network(
         source.model,
         splits.calibrate,
         splits.search,
         floor=run.floor,
         certify=splits.certify,
+        trials=run.trials,
         seed=run.seed,
         quiet=run.quiet or run.json,
         **run.search,
     )
     report = _report(source, splits, run, found)
-    origin = {"architecture": source.architecture, "arguments": source.arguments, "seed": run.seed}
-    save(found.model, found.plan, run.out, found=found, data=report.fingerprints, files=report_files(report), **origin)
+    files = {**report_files(report), "trials.jsonl": run.trials.read_text(encoding="utf-8")}
+    origin: dict[str, Any] = {"architecture": source.architecture, "arguments": source.arguments, "seed": run.seed}
+    save(found.model, found.plan, run.out, found=found, data=report.fingerprints, files=files, **origin)
+    run.trials.unlink()
     if dense_out is not None:
         save(source.model, Plan.all(found.plan.anatomy), dense_out, data=report.fingerprints, **origin)
     return report
@@ -247,6 +271,7 @@ def _cut(source: Source, splits: Splits, run: Run, *, dense_out: Path | None = N
 def _report(source: Source, splits: Splits, run: Run, found: Found) -> Report:
     from resect.evaluation import evaluate, latency
     from resect.reporting import Report
+    from resect.tracing import trace
 
     return Report(
         found=found,
@@ -255,6 +280,7 @@ def _report(source: Source, splits: Splits, run: Run, found: Found) -> Report:
         dense=evaluate(source.model, splits.test),
         small=evaluate(found.model, splits.test),
         latency=latency(source.model, found.model, splits.test.inputs[:1]),
+        trace=trace(source.model, splits.calibrate, found.plan.anatomy, grams=False, quiet=True),
         class_names=splits.class_names,
         settings={"floor": str(run.floor), "delta": f"{run.floor.delta:g}", "seed": str(run.seed), **run.search},
         notes=(splits.note,) if splits.note else (),

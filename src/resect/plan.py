@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from resect.anatomy import Anatomy, Group, Slices
+from resect.anatomy import Anatomy, Contraction, Group
 from resect.errors import PlanError
 
 
@@ -120,7 +121,12 @@ class Plan:
 
     def cost(self) -> Cost:
         """Parameters, MACs and bytes of the network after the cut, without cutting it."""
-        return _counter(self.anatomy).count(self.keep)
+        return cost_of(self.anatomy, self.kept)
+
+
+def cost_of(anatomy: Anatomy, kept: Mapping[str, int]) -> Cost:
+    """Cost of any plan that keeps so many units per group: which ones makes no difference."""
+    return _counter(anatomy).count(kept)
 
 
 def check_mask(group: Group, mask: np.ndarray) -> None:
@@ -164,33 +170,34 @@ class _Counter:
 
     def __init__(self, anatomy: Anatomy):
         self.anatomy = anatomy
-        self.axes: dict[tuple[str, int], list[tuple[str, Slices]]] = {}
+        self.units = {group.name: group.units for group in anatomy.groups}
+        self.dense = {name: math.prod(shape) for name, shape in anatomy.shapes.items()}
+        self.axes: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
         for group in anatomy.groups:
             for part in group.slices:
-                self.axes.setdefault((part.tensor, part.axis), []).append((group.name, part))
+                self.axes.setdefault((part.tensor, part.axis), []).append((group.name, part.index.shape[1], part.blocks))
         self.touched = {tensor for tensor, _ in self.axes}
         self.widths = {name: torch.empty((), dtype=getattr(torch, dtype)).element_size() for name, dtype in anatomy.dtypes.items()}
 
-    def count(self, keep: Mapping[str, np.ndarray]) -> Cost:
-        elements = {name: int(np.prod(shape)) for name, shape in self.anatomy.shapes.items()}
+    def count(self, kept: Mapping[str, int]) -> Cost:
+        elements = dict(self.dense)
         for tensor in self.touched:
             shape = self.anatomy.shapes[tensor]
-            elements[tensor] = int(np.prod([self._length(tensor, axis, size, keep) for axis, size in enumerate(shape)]))
-        share = {group.name: keep[group.name].mean() for group in self.anatomy.groups}
+            elements[tensor] = math.prod(self._length(tensor, axis, size, kept) for axis, size in enumerate(shape))
         return Cost(
-            parameters=sum(count for name, count in elements.items() if name in self.anatomy.parameters),
-            macs=sum(
-                c.macs * (elements[c.tensor] / max(np.prod(self.anatomy.shapes[c.tensor]), 1) if c.tensor else share.get(c.group or "", 1.0))
-                for c in self.anatomy.contractions
-            ),
+            parameters=sum(elements[name] for name in self.anatomy.parameters),
+            macs=sum(c.macs * self._share(c, elements, kept) for c in self.anatomy.contractions),
             bytes=sum(count * self.widths[name] for name, count in elements.items()),
         )
 
-    def _length(self, tensor: str, axis: int, size: int, keep: Mapping[str, np.ndarray]) -> int:
-        removed = 0.0
-        for name, part in self.axes.get((tensor, axis), ()):
-            removed += (~keep[name]).sum() * part.index.shape[1] / part.blocks
-        return round(size - removed)
+    def _share(self, product: Contraction, elements: Mapping[str, int], kept: Mapping[str, int]) -> float:
+        if product.tensor is not None:
+            return elements[product.tensor] / max(self.dense[product.tensor], 1)
+        return kept[product.group] / self.units[product.group] if product.group is not None else 1.0
+
+    def _length(self, tensor: str, axis: int, size: int, kept: Mapping[str, int]) -> int:
+        parts = self.axes.get((tensor, axis), ())
+        return round(size - sum((self.units[name] - kept[name]) * width / blocks for name, width, blocks in parts))
 
 
 def _counter(anatomy: Anatomy) -> _Counter:

@@ -217,6 +217,8 @@ def _meet_heads(book: Book, left: _Side, right: _Side, spec: Product) -> None:
         if side.heads and side.marks.source == "parameter" and not other.heads:
             for p in side.heads:
                 book.pin(p, "one of several experts, chosen by the input")
+            for p in (*side.free, *side.summed):
+                book.expert(p)
             side.heads.clear()
     for p in left.heads:
         for q in right.heads:
@@ -226,6 +228,9 @@ def _meet_heads(book: Book, left: _Side, right: _Side, spec: Product) -> None:
     for side, other in ((left, right), (right, left)):
         if side.heads:
             _hold(book, side, other, spec)
+            if side.marks.source == "activation":
+                for p in side.heads:
+                    book.head(p)
 
 
 def _hold(book: Book, side: _Side, other: _Side, spec: Product) -> None:

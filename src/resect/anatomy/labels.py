@@ -145,6 +145,8 @@ class Book:
         self.pins: list[tuple[np.ndarray, str, Where]] = []
         self.roles: list[tuple[np.ndarray, str, int]] = []
         self.streams: list[np.ndarray] = []
+        self.heads: list[np.ndarray] = []
+        self.experts: list[np.ndarray] = []
         self.partitions: list[tuple[np.ndarray, np.ndarray, Where]] = []
         self.folds: dict[bytes, tuple[np.ndarray, Where]] = {}
         self._blocked: dict[tuple[str, int], Axis] = {}
@@ -196,6 +198,14 @@ class Book:
     def stream(self, labels: Tensor) -> None:
         """The units of `labels` pass through a norm that mixes them: masking them is not the same as cutting them."""
         self.streams.append(labels.numpy().ravel())
+
+    def head(self, labels: Tensor) -> None:
+        """The units of `labels` are attention heads: whole batch indices of a product of activations."""
+        self.heads.append(labels.numpy().ravel())
+
+    def expert(self, labels: Tensor) -> None:
+        """The units of `labels` are neurons inside experts."""
+        self.experts.append(labels.numpy().ravel())
 
     def partition(self, labels: Tensor, parts: Tensor) -> None:
         """Equally many positions must stay in every part (both arrays broadcast against each other)."""

@@ -206,6 +206,14 @@ class Watch(TorchDispatchMode):
         """Mark a tensor as the network's input."""
         self._marks[tensor] = Marks(shape=tuple(tensor.shape), source="activation")
 
+    def finish(self, results: Sequence[Tensor]) -> None:
+        """Pin what the network returns."""
+        self._op, self._stack = "output", []
+        for tensor in results:
+            marks = self.marks(tensor)
+            for plane in (*marks.planes, *marks.stats):
+                self.book.pin(plane, "network output")
+
     # ops --------------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,8 +11,20 @@ It is written beside its place and renamed, so that it is there whole or not at 
 function that makes the architecture, and runs one that a file names only where it is resect's own.
 """
 
-from resect.exporting.loading import load, load_plan, make_dense, make_example, read_plan
+from resect.exporting.loading import load, load_plan, make_dense, make_example
 from resect.exporting.naming import named_function, nearest
-from resect.exporting.saving import is_saved, save
+from resect.exporting.plan_file import is_saved, read_plan
+from resect.exporting.saving import check_writable, save
 
-__all__ = ["is_saved", "load", "load_plan", "make_dense", "make_example", "named_function", "nearest", "read_plan", "save"]
+__all__ = [
+    "check_writable",
+    "is_saved",
+    "load",
+    "load_plan",
+    "make_dense",
+    "make_example",
+    "named_function",
+    "nearest",
+    "read_plan",
+    "save",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from resect.errors import FileError, ModelError, PlanError
 from resect.exporting.naming import named_function
-from resect.exporting.saving import BUFFERS, FORMAT, FORMAT_VERSION, PLAN, WEIGHTS, checksum, file_checksum
+from resect.exporting.plan_file import PLAN, read_plan
+from resect.exporting.saving import BUFFERS, WEIGHTS, file_checksum
 from resect.plan import Plan
 
 if TYPE_CHECKING:
@@ -69,28 +69,6 @@ def load_plan(directory: str | os.PathLike[str], anatomy: Anatomy) -> Plan:
     return Plan(anatomy=anatomy, keep=keep)
 
 
-def read_plan(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of ``plan.json`` in `directory`, its checksum verified; FileError where that fails."""
-    path = Path(directory) / PLAN
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileError(f"{path} is missing: {directory} is not a directory that resect wrote.") from None
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path} cannot be read ({error}): it is truncated or was edited. Save the network again.") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise FileError(f'{path} is not a plan of resect: it does not say "format": "{FORMAT}".')
-    if record.get("format_version") != FORMAT_VERSION:
-        found = record.get("format_version")
-        raise FileError(
-            f"{path} has format version {found}, this resect reads version {FORMAT_VERSION}. "
-            f"Use the resect that wrote it ({record.get('versions', {}).get('resect', 'unknown')}), or save the network again."
-        )
-    if record.pop("checksum", None) != checksum(record):
-        raise FileError(f"{path} was edited: its checksum does not match its content. Save the network again.")
-    return record
-
-
 def make_dense(directory: str | os.PathLike[str], make_model: MakeModel | None = None) -> nn.Module:
     """The dense architecture that the network in `directory` was cut from, with the fresh weights of its constructor.
 
@@ -119,12 +97,12 @@ def _zeros(entry: Mapping[str, Any]) -> Tensor:
 def _read_tensors(directory: Path, record: Mapping[str, Any], device: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in (WEIGHTS, BUFFERS):
-        path, checksum = directory / file, record["files"].get(file)
-        if checksum is None and file != WEIGHTS:
+        path, expected = directory / file, record["files"].get(file)
+        if expected is None and file != WEIGHTS:
             continue
         if not path.is_file():
             raise FileError(f"{path} is missing; {directory / PLAN} says it belongs to the saved network. Save it again.")
-        if file_checksum(path) != checksum:
+        if file_checksum(path) != expected:
             raise FileError(f"{path} is truncated or was edited: its SHA-256 is not the one in {PLAN}. Save the network again.")
         try:
             tensors |= load_file(path, device=device)
@@ -136,8 +114,9 @@ def _read_tensors(directory: Path, record: Mapping[str, Any], device: str) -> di
 def _factory(directory: Path, record: Mapping[str, Any], make_model: MakeModel | None) -> Callable[[], nn.Module]:
     """The function without arguments that makes the dense architecture."""
     if isinstance(make_model, nn.Module):
-        return lambda: copy.deepcopy(make_model)
-    if callable(make_model):
+        given = make_model
+        return lambda: copy.deepcopy(given)
+    if make_model is not None and not isinstance(make_model, str):
         return make_model
     recorded = record["architecture"]
     if make_model is None:
@@ -149,8 +128,9 @@ def _factory(directory: Path, record: Mapping[str, Any], make_model: MakeModel |
                 f"if you trust that function, name it yourself, as in resect.load({str(directory)!r}, {recorded['factory']!r})."
             )
         make_model = recorded["factory"]
-    function = named_function(make_model)
-    same = recorded is not None and recorded["factory"] == make_model
+    name: str = make_model
+    function = named_function(name)
+    same = recorded is not None and recorded["factory"] == name
     return lambda: function(**(recorded["arguments"] if same else {}))
 
 

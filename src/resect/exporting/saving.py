@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import operator
 import os
 import secrets
@@ -17,16 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from resect.errors import FileError, ModelError
+from resect.errors import FileError, ModelError, PlanError
+from resect.exporting.plan_file import FORMAT, FORMAT_VERSION, PLAN, is_saved, read_plan, sealed
 from resect.plan import Plan
 
 if TYPE_CHECKING:
     from resect.anatomy import Anatomy
     from resect.searching import Found
 
-FORMAT = "resect plan"
-FORMAT_VERSION = 1
-WEIGHTS, BUFFERS, PLAN = "model.safetensors", "buffers.safetensors", "plan.json"
+WEIGHTS, BUFFERS = "model.safetensors", "buffers.safetensors"
 _KNOWN_FILES = frozenset({WEIGHTS, BUFFERS, PLAN, "result.json", "report.html", "trials.jsonl"})
 
 
@@ -44,22 +42,23 @@ def save(
 ) -> Path:
     """Write `model`, which was cut by `plan`, to `directory` and return its path.
 
-    architecture: "module:function" that makes the dense network, called with `arguments` (anything JSON can hold). found:
-    the outcome of a search; its floor and certificate go into ``plan.json``. data: fingerprints by split. files: further
-    text files by name, such as ``{"report.html": ...}``.
+    architecture: "module:function" that makes the dense network, called with `arguments` (anything JSON can hold); or the
+    saved directory that the dense network was loaded from, when a cut network is cut again. found: the outcome of a search;
+    its goal and certificate go into ``plan.json``. data: fingerprints by split. files: further text files by name, such as
+    ``{"report.html": ...}``.
 
     A directory that resect wrote before is replaced in one rename. FileError where the directory holds anything else, or
     cannot be written; nothing is left half-written.
     """
     directory = Path(directory)
-    _refuse_foreign(directory)
+    check_writable(directory)
     try:
         with _renamed_into(directory) as folder:
             record = _record(model, plan, architecture, arguments, found, data, seed)
             record["files"] = _write_tensors(model, folder)
             for name, text in (files or {}).items():
                 (folder / name).write_text(text, encoding="utf-8")
-            (folder / PLAN).write_text(_sealed(record), encoding="utf-8")
+            (folder / PLAN).write_text(sealed(record), encoding="utf-8")
     except OSError as error:
         raise FileError(
             f"cannot write {directory}: {error.strerror or error}. Name a directory that you may write to."
@@ -67,9 +66,17 @@ def save(
     return directory
 
 
-def is_saved(directory: str | os.PathLike[str]) -> bool:
-    """Whether `directory` looks like one that `save` wrote (its content is not verified)."""
-    return (Path(directory) / PLAN).is_file()
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """FileError unless `save` could write `directory`, so that a long search does not end in one; makes its parent."""
+    directory = Path(directory)
+    _refuse_foreign(directory)
+    try:
+        with _renamed_into(directory, keep=False):
+            pass
+    except OSError as error:
+        raise FileError(
+            f"cannot write {directory}: {error.strerror or error}. Name a directory that you may write to."
+        ) from error
 
 
 def _record(
@@ -85,7 +92,7 @@ def _record(
     persistent, transient = _split_tensors(model)
     if arguments and architecture is None:
         raise ModelError("arguments were given without the architecture they belong to; pass architecture='module:function'.")
-    return {
+    record = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "architecture": None if architecture is None else {"factory": architecture, "arguments": dict(arguments or {})},
@@ -102,6 +109,25 @@ def _record(
         "aliases": _aliases(model),
         "attributes": _attributes(model, anatomy),
     }
+    return record if architecture is None or not is_saved(architecture) else _cut_again(record, read_plan(architecture))
+
+
+def _cut_again(record: dict[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` of a network that was cut from a cut network, in terms of the dense network that the `first` record is about."""
+    keep = {}
+    for name, entry in first["keep"].items():
+        again = record["keep"].get(name, {"units": len(entry["kept"]), "kept": range(len(entry["kept"]))})
+        if again["units"] != len(entry["kept"]):
+            raise PlanError(
+                f"group {name!r} has {again['units']} units in this plan and {len(entry['kept'])} in the directory it is said "
+                "to come from; name the directory that the network was loaded from."
+            )
+        keep[name] = {"units": entry["units"], "kept": [entry["kept"][unit] for unit in again["kept"]]}
+    attributes = {module: dict(values) for module, values in first["attributes"].items()}
+    for module, values in record["attributes"].items():
+        attributes.setdefault(module, {}).update(values)
+    same = {name: first[name] for name in ("architecture", "anatomy", "dense_shapes")}
+    return {**record, **same, "keep": keep, "attributes": attributes}
 
 
 def _example(anatomy: Anatomy) -> list[Any] | None:
@@ -154,24 +180,17 @@ def _write_tensors(model: nn.Module, folder: Path) -> dict[str, str]:
     checksums = {}
     for file, tensors in ((WEIGHTS, persistent), (BUFFERS, transient)):
         if tensors or file == WEIGHTS:
-            save_file({name: _own_copy(tensor) for name, tensor in tensors.items()}, folder / file, metadata={"format": "pt"})
-            checksums[file] = file_checksum(folder / file)
+            path = folder / file
+            path.touch()
+            mode = path.stat().st_mode  # safetensors makes files that only their owner can read
+            save_file({name: _own_copy(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+            path.chmod(mode)
+            checksums[file] = file_checksum(path)
     return checksums
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-
-
-def _sealed(record: Mapping[str, Any]) -> str:
-    """`record` as text, one top-level entry a line, with its own checksum."""
-    entries = {**record, "checksum": checksum(record)}
-    lines = (f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in entries.items())
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def checksum(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def file_checksum(path: Path) -> str:
@@ -198,8 +217,8 @@ def _refuse_foreign(directory: Path) -> None:
 class _renamed_into:
     """A new folder beside `directory` that takes its place when the block ends well, and vanishes when it does not."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, keep: bool = True) -> None:
+        self.directory, self.keep = directory, keep
         token = f"{directory.name}.{secrets.token_hex(4)}"
         self.new = directory.parent / f".{token}.new"
         self.old = directory.parent / f".{token}.old"
@@ -211,7 +230,7 @@ class _renamed_into:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            if kind is None:
+            if kind is None and self.keep:
                 self._swap()
         finally:
             shutil.rmtree(self.new, ignore_errors=True)

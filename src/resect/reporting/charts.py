@@ -13,6 +13,7 @@ import numpy as np
 
 _WIDTH, _HEIGHT = 860, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 24, 48
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 _MAP_COLOUR = (30, 136, 182)
 
 
@@ -29,13 +30,15 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """From shares and accuracies to pixels; the accuracy axis shows what there is, with some air."""
+    """From shares and accuracies to pixels; the cost axis is logarithmic, the accuracy axis shows what there is."""
 
+    smallest: float
     lowest: float
     highest: float
 
     def x(self, share: float) -> float:
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+        part = 1 - np.log(max(share, self.smallest)) / np.log(self.smallest)
+        return _LEFT + float(part) * (_WIDTH - _LEFT - _RIGHT)
 
     def y(self, accuracy: float) -> float:
         part = (accuracy - self.lowest) / (self.highest - self.lowest)
@@ -72,7 +75,8 @@ def _axes(points: Sequence[Point], floor: float | None) -> Axes:
     if floor is not None:
         lowest = min(max(lowest, floor - 4 * max(highest - floor, 0.01)), floor)
     air = max(0.08 * (highest - lowest), 0.002)
-    return Axes(lowest=max(0.0, lowest - air), highest=min(1.0 + air / 2, highest + air))
+    smallest = min([0.5, *(0.9 * point.share for point in points if point.share > 0)])
+    return Axes(smallest=max(smallest, 0.005), lowest=max(0.0, lowest - air), highest=min(1.0 + air / 2, highest + air))
 
 
 def _horizontal(axes: Axes, accuracy: float, label: str, css: str) -> str:
@@ -106,17 +110,18 @@ def strip(mask: np.ndarray, *, columns: int = 512) -> str:
     return image(alpha.reshape(rows, width))
 
 
-def activity(rate: np.ndarray) -> str:
-    """Activity of units by class as an image, (classes, units) of values of at least 0; strongest = opaque."""
-    peak = float(rate.max()) or 1.0
-    return image(np.round(255 * np.clip(rate / peak, 0, 1)).astype(np.uint8))
+def activity(strength: np.ndarray) -> str:
+    """Response of units by class as an image, (classes, units) of values of at least 0; a unit's strongest class is opaque."""
+    peak = strength.max(axis=0)
+    relative = np.divide(strength, peak, out=np.zeros_like(strength, dtype=float), where=peak > 0)
+    return image(np.round(255 * relative).astype(np.uint8))
 
 
-def by_preference(rate: np.ndarray) -> np.ndarray:
+def by_preference(strength: np.ndarray) -> np.ndarray:
     """Order of units, (units,) indices: by the class that moves them most, then by how much it stands out."""
-    best = rate.argmax(axis=0)
-    contrast = rate.max(axis=0) - rate.mean(axis=0)
-    return np.lexsort((-contrast, best))
+    peak = strength.max(axis=0)
+    contrast = np.divide(peak - strength.mean(axis=0), peak, out=np.zeros_like(peak, dtype=float), where=peak > 0)
+    return np.lexsort((-contrast, strength.argmax(axis=0)))
 
 
 def image(alpha: np.ndarray) -> str:

@@ -84,7 +84,8 @@ def _html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _table(report: Report) -> str:
     def cells(row: Row) -> list[str]:
         texts = (row.name, row.dense, row.small, row.change)
-        return [*map(escape, texts), "" if row.share is None else _bar(row.share)]
+        last = f'<span class="soft">{escape(row.remark)}</span>' if row.share is None else _bar(row.share)
+        return [*map(escape, texts), last]
 
     table = _html_table(("", "#dense", "#small", "#change", "remains"), map(cells, before_after(report)))
     return _section("Before and after", table)
@@ -166,18 +167,18 @@ def _activity(report: Report) -> str:
     if report.trace is None or not report.trace.labelled:
         return ""
     caption = (
-        '<p class="soft">How often each unit fires (columns) for each class (rows). Units are ordered by the class that moves '
-        "them most; the strip below shows which stay.</p>"
+        '<p class="soft">How strongly each unit (column) responds to each class (row), relative to the class that moves it '
+        "most, which also orders the units. Blank columns never respond. The strip below shows which units stay.</p>"
     )
     figures = "".join(_map(report, report.trace, group) for group in report.trace.anatomy.groups)
     return _section("What every unit responds to", caption + figures)
 
 
 def _map(report: Report, trace: Trace, group: Group) -> str:
-    rate = trace.evidence(group).over_readers("rate")
-    order = charts.by_preference(rate)
-    names = "".join(f"<span>{escape(report.class_name(label))}</span>" for label in range(len(rate)))
-    picture = f'<img alt="firing rate of every unit by class" src="{charts.activity(rate[:, order])}">'
+    strength = np.sqrt(trace.evidence(group).over_readers("mean_square"))
+    order = charts.by_preference(strength)
+    names = "".join(f"<span>{escape(report.class_name(label))}</span>" for label in range(len(strength)))
+    picture = f'<img alt="response of every unit by class" src="{charts.activity(strength[:, order])}">'
     kept = f'<span class="soft">kept</span>{_strip(report.found.plan.keep[group.name][order])}'
     title = f"<figcaption>{escape(group.name)}, {group.units:,} units</figcaption>"
     return f'<figure>{title}<div class="map"><div class="names">{names}</div>{picture}{kept}</div></figure>'

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from resect.evaluation import Evaluation, Latency
+from resect.searching.evidence import lower_bound
 
 if TYPE_CHECKING:
     from resect.searching import Found, Trial
@@ -52,13 +53,14 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the before/after table; `share` is what remains, in [0, 1], where that has a meaning."""
+    """One line of the before/after table; `share` is what remains, in [0, 1], where that has a meaning, else a `remark`."""
 
     name: str
     dense: str
     small: str
     change: str
     share: float | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,11 +94,19 @@ def before_after(report: Report) -> tuple[Row, ...]:
 def _accuracy_rows(report: Report) -> list[Row]:
     rows, found, certificate = [], report.found, report.found.certificate
     if report.dense is not None and report.small is not None:
-        rows.append(_accuracy_row(f"accuracy, test ({report.small.examples:,})", report.dense.accuracy, report.small.accuracy))
+        row = _accuracy_row(f"accuracy, test ({report.small.examples:,})", report.dense.accuracy, report.small.accuracy)
+        low, high = interval(report.small)
+        rows.append(replace(row, remark=f"{100 * low:.1f} to {100 * high:.1f} %, 95 % sure"))
     if certificate is not None and certificate.dense_correct is not None and certificate.labelled:
         dense = certificate.dense_correct / certificate.examples
         rows.append(_accuracy_row(f"accuracy, certify ({certificate.examples:,})", dense, certificate.accuracy))
     return [*rows, _accuracy_row("accuracy, search", found.dense_search_accuracy, found.search_accuracy)]
+
+
+def interval(evaluation: Evaluation, delta: float = 0.05) -> tuple[float, float]:
+    """Two-sided Clopper-Pearson interval of an accuracy, both ends in [0, 1]."""
+    right, n = evaluation.right, evaluation.examples
+    return lower_bound(right, n, delta / 2), 1 - lower_bound(n - right, n, delta / 2)
 
 
 def _accuracy_row(name: str, dense: float, small: float) -> Row:
@@ -151,13 +161,25 @@ def search_floor(report: Report) -> float | None:
 
 def notes(report: Report) -> tuple[str, ...]:
     """Everything a reader should know besides the figures, each once."""
-    warnings = [latency.warning for latency in report.latency if latency.warning]
     slow = [
         f"At batch {entry.batch} the small network is not faster on this device."
         for entry in report.latency
         if not entry.faster
     ]
-    return tuple(dict.fromkeys([*report.found.notes, *report.notes, *slow, *warnings]))
+    warnings = [entry.warning for entry in report.latency if entry.warning]
+    return tuple(dict.fromkeys([*_below_on_test(report), *report.found.notes, *report.notes, *slow, *warnings]))
+
+
+def _below_on_test(report: Report) -> list[str]:
+    """A certified network may still miss the floor on one small test set; say how much that set leaves open."""
+    floor, dense, small = report.found.floor, report.dense, report.small
+    if floor is None or dense is None or small is None or small.accuracy >= floor.threshold(dense.accuracy):
+        return []
+    low, high = interval(small)
+    return [
+        f"On the test examples accuracy is below the floor: {small.accuracy:.2%}. {small.examples:,} examples leave "
+        f"{low:.2%} to {high:.2%} open (95 % sure)."
+    ]
 
 
 def count(value: float) -> str:

@@ -47,7 +47,9 @@ def _before_after(report: Report) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     table.add_column("remains", no_wrap=True)
     for row in before_after(report):
-        table.add_row(row.name, row.dense, Text(row.small, style="bold"), row.change, _bar(row.share))
+        table.add_row(
+            row.name, row.dense, Text(row.small, style="bold"), row.change, Text(row.remark) if row.remark else _bar(row.share)
+        )
     return table
 
 

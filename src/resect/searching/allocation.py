@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 
-from resect.anatomy import Group
-from resect.plan import Plan, best, count_step, valid_count
+from resect.anatomy import Anatomy, Group
+from resect.plan import Plan, best, cost_of, count_step, valid_count
 from resect.repair import Method
 from resect.repair.closed_form import predicted_errors
 from resect.scoring import Scores
 
-Measure = Callable[[Plan], float]
+Measure = Callable[[Mapping[str, int]], float]
 LEVELS = 24
 LEAST_SHARE = 0.02
 
 
-def measure(minimise: str) -> Measure:
-    """What is to become small, as a function of the plan: "macs", "parameters", "bytes" or "units" (count of units kept)."""
+def measure(anatomy: Anatomy, minimise: str) -> Measure:
+    """What is to become small, from the units kept per group: "macs", "parameters", "bytes" or "units" (their number)."""
     if minimise == "units":
-        return lambda plan: float(sum(plan.kept.values()))
-    return lambda plan: float(getattr(plan.cost(), minimise))
+        return lambda kept: float(sum(kept.values()))
+    return lambda kept: float(getattr(cost_of(anatomy, kept), minimise))
 
 
 def uniform(scores: Scores, share: float) -> Plan:
@@ -56,10 +57,11 @@ class Curves:
     errors: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, scores: Scores, method: Method) -> Curves:
+    def of(cls, scores: Scores, method: Method, *, levels: int = LEVELS) -> Curves:
+        """Curves with about so many levels per group, by the scores' order and the repair that will be allowed."""
         counts, errors = {}, {}
         for group in scores.anatomy.groups:
-            counts[group.name] = levels(group)
+            counts[group.name] = counts_worth_trying(group, levels)
             masks = [best(group, scores.values[group.name], int(count)) for count in counts[group.name]]
             error = predicted_errors(scores.trace, group, masks, method)
             # More units never make the best possible repair worse; what rises by chance is levelled.
@@ -67,9 +69,9 @@ class Curves:
         return cls(counts=counts, errors=errors)
 
 
-def levels(group: Group) -> np.ndarray:
-    """Counts of units worth trying: about 24, evenly spaced in the logarithm, from 2 % to all."""
-    shares = np.geomspace(LEAST_SHARE, 1.0, LEVELS)
+def counts_worth_trying(group: Group, levels: int) -> np.ndarray:
+    """Counts of units from 2 % to all, evenly spaced in the logarithm."""
+    shares = np.geomspace(LEAST_SHARE, 1.0, levels)
     return np.unique([valid_count(group, share * group.units) for share in shares])
 
 
@@ -87,7 +89,7 @@ class Knapsack:
 
     @cached_property
     def dense(self) -> float:
-        return self.measure(Plan.all(self.scores.anatomy))
+        return self.measure({group.name: group.units for group in self.scores.anatomy.groups})
 
     def plan(self, price: float) -> Plan:
         """The plan at a price, in units of error per dense cost (0 keeps everything)."""
@@ -106,11 +108,22 @@ class Knapsack:
         return self._plan(chosen)
 
     def _plan(self, chosen: Mapping[str, int]) -> Plan:
-        counts = {name: int(self.curves.counts[name][level]) for name, level in chosen.items()}
-        return Plan.top(self.scores.anatomy, self.scores.values, counts)
+        return Plan.top(self.scores.anatomy, self.scores.values, self._counts(chosen))
+
+    def _counts(self, chosen: Mapping[str, int]) -> dict[str, int]:
+        return {name: int(self.curves.counts[name][level]) for name, level in chosen.items()}
 
     def _cost(self, chosen: Mapping[str, int]) -> float:
-        return self.measure(self._plan(chosen))
+        return self.measure(self._counts(chosen))
+
+
+def every_plan(scores: Scores, most: int) -> list[Plan] | None:
+    """All combinations of counts of a small network, best units first in each group; None where there are more than `most`."""
+    choices = [range(count_step(g), g.units + 1, count_step(g)) for g in scores.anatomy.groups]
+    if np.prod([float(len(choice)) for choice in choices]) > most:
+        return None
+    names = [group.name for group in scores.anatomy.groups]
+    return [Plan.top(scores.anatomy, scores.values, dict(zip(names, counts))) for counts in product(*choices)]
 
 
 def trades(scores: Scores, plan: Plan, curves: Curves, measure: Measure, *, most: int = 12) -> list[Plan]:
@@ -118,7 +131,7 @@ def trades(scores: Scores, plan: Plan, curves: Curves, measure: Measure, *, most
 
     Ordered by predicted harm; only plans that cost at least 1 % less are offered.
     """
-    now = measure(plan)
+    now = measure(plan.kept)
     offers = []
     groups = {group.name: group for group in scores.anatomy.groups}
     for down in groups:
@@ -130,7 +143,7 @@ def trades(scores: Scores, plan: Plan, curves: Curves, measure: Measure, *, most
             if up is not None:
                 counts[up] = _moved(groups[up], counts[up], 1.1)
             offer = Plan.top(scores.anatomy, scores.values, counts)
-            if measure(offer) <= 0.99 * now:
+            if measure(offer.kept) <= 0.99 * now:
                 harm = sum(float(np.interp(offer.kept[n], curves.counts[n], curves.errors[n])) for n in groups)
                 offers.append((harm, len(offers), offer))
     return [offer for _, _, offer in sorted(offers, key=lambda entry: entry[:2])[:most]]

@@ -69,7 +69,7 @@ class Floor:
         if self.drop == 0:
             return f"not below the dense network{where}"
         points = _number(self.drop * 100)
-        return f"at most {points} {'point' if points == '1' else 'points'} below the dense network{where}"
+        return f"at most {points} {_unit('drop', float(points))} below the dense network{where}"
 
     def threshold(self, dense_accuracy: float) -> float:
         """The accuracy in [0, 1] that a network must reach beside a dense network of `dense_accuracy`."""
@@ -156,8 +156,14 @@ def _check_number(owner: str, name: str, value: object) -> None:
 def _as_share(name: str, value: float) -> str:
     """The likely meaning of a share that was written as a percentage."""
     if 1 <= value <= 100:
-        return f"write {name}={_number(value / 100)} for {_number(value)} {'%' if name == 'accuracy' else 'points'}"
+        return f"write {name}={_number(value / 100)} for {_number(value)} {_unit(name, value)}"
     return f"write {name}={0.95 if name == 'accuracy' else 0.01}, for example"
+
+
+def _unit(name: str, value: float) -> str:
+    if name == "accuracy":
+        return "%"
+    return "point" if value == 1 else "points"
 
 
 def _number(value: float) -> str:

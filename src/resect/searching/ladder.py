@@ -70,7 +70,7 @@ def ladder(
     spread = None if deviation is None else np.broadcast_to(np.asarray(deviation, dtype=np.float64), cost.shape)
     score = margins(estimate, floor, seen, n_certify, spread, labelled=labelled, level=level)
     front = _undominated(cost, score)
-    return tuple(int(front[rung]) for rung in _climb(cost[front], chances(score[front]), rungs))
+    return tuple(int(front[rung]) for rung in climb(cost[front], chances(score[front]), rungs))
 
 
 def margins(
@@ -124,7 +124,7 @@ def _undominated(cost: np.ndarray, score: np.ndarray) -> np.ndarray:
     return np.array(front[::-1])
 
 
-def _climb(cost: np.ndarray, chance: np.ndarray, rungs: int) -> list[int]:
+def climb(cost: np.ndarray, chance: np.ndarray, rungs: int) -> list[int]:
     """The rungs with the largest expected saving; cost strictly decreasing, chance that of each alone."""
     costs, alone = np.concatenate([[NOTHING], cost / max(1.0, cost.max())]), np.concatenate([[1.0], chance])
     after = (1 - INDEPENDENT) * np.minimum(1, alone / np.maximum(alone[:, None], 1e-12)) + INDEPENDENT * alone

@@ -6,8 +6,9 @@ Two gamblers bet, one that the mean is above the floor and one that it is below.
 exactly on the floor, the mean of the next draw is known (what the drawn examples left over), so each gambler's wealth is a
 supermartingale, and reaches 2 / level with probability at most level / 2, however often one looks: looking after every batch
 costs nothing, which a Clopper-Pearson interval per look does not allow. A race against the floor therefore contradicts the full
-split with probability at most `level` (.1 %). (Betting without replacement: Waudby-Smith & Ramdas 2023, section 5; the bets are
-their approximate growth-rate adaptive ones, which stop soonest when the truth is far from the floor.)
+split with probability at most `level` (.1 %); how many examples races take is in benchmarks/results/certificate.md.
+(Betting without replacement: Waudby-Smith & Ramdas 2023, section 5; the bets are their approximate growth-rate adaptive ones,
+which stop soonest when the truth is far from the floor.)
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from resect.errors import DataError
 from resect.searching.floor import Floor
 
 LARGEST_BET = 0.75
-# The bets start from no edge and a plausible variance, which weigh as much as this many examples: without it a run of right
-# answers at the start is bet on heavily and lost again (5,000 examples, two points above the floor: .56 seen, .48 with it).
+# The bets start from no edge and a plausible variance, which weigh as much as this many examples: without that, a run of right
+# answers at the start is bet on heavily, and lost again.
 PRIOR_WEIGHT = 50
 
 

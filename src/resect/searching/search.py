@@ -69,7 +69,7 @@ def search(
     the calibrate data; with it the networks on the certificate's list are repaired once more, reader by reader in execution
     order. allocation: "uniform" bisects on one share for all groups; "knapsack" on the price of cost against predicted harm;
     "threshold" on one threshold for all normalised scores (the seed method); "auto" does the first two and then trades between
-    groups. minimise: what is to be small. evaluations, seconds: budget of the search. reserve: share of delta kept for a network
+    groups, or tries every size, leanest first, where the network is so small that the budget allows it. minimise: what is to be small. evaluations, seconds: budget of the search. reserve: share of delta kept for a network
     made later (see `certify`).
 
     A floor that no network meets is an outcome: `Found.certified` is False and the certificate says what would help. Raises
@@ -97,7 +97,7 @@ def search(
         on_trial=on_trial,
     )
     _check_floor(floor, judge.dense)
-    measure = allocate.measure(minimise)
+    measure = allocate.measure(scores.anatomy, minimise)
     family, best = _explore(scores, judge, measure, allocation, method)
     candidates = _prepare(model, scores, judge, measure, family, best, calib, method)
     frozen = _freeze(candidates, judge, floor, _count(parts[1]), floor.delta * (1 - reserve))
@@ -155,6 +155,11 @@ def _explore(
     scores: Scores, judge: Judge, measure: allocate.Measure, allocation: Allocation, method: Method
 ) -> tuple[Family, Plan | None]:
     """Judge candidates until the budget is spent; the family of plans to prepare the list from, and the leanest that passed."""
+    everything = allocate.every_plan(scores, judge.evaluations) if allocation == "auto" else None
+    if everything is not None:
+        ranked = sorted(everything, key=lambda plan: measure(plan.kept))
+        best = next((plan for plan in ranked if judge.judge(plan, "exhaustive").above), None)
+        return (lambda share: allocate.uniform(scores, share)), best
     families: dict[str, Family] = {}
     curves = None
     if allocation in ("auto", "uniform"):
@@ -170,7 +175,7 @@ def _explore(
     try:
         for name, make in families.items():
             found = _bisect(judge, make, name)
-            if found is not None and (best is None or measure(found) < measure(best)):
+            if found is not None and (best is None or measure(found.kept) < measure(best.kept)):
                 family, best = make, found
         if allocation == "auto" and best is not None and curves is not None:
             best = _trade(scores, judge, best, curves, measure)
@@ -215,7 +220,7 @@ def _trade(scores: Scores, judge: Judge, best: Plan, curves: allocate.Curves, me
 
 def _leanest(judge: Judge, measure: allocate.Measure) -> Plan | None:
     passed = [judge.plans[trial.digest] for trial in judge.trials if trial.above]
-    return min(passed, key=measure) if passed else None
+    return min(passed, key=lambda plan: measure(plan.kept)) if passed else None
 
 
 def _prepare(
@@ -229,22 +234,22 @@ def _prepare(
     method: Method,
 ) -> list[Candidate]:
     """Networks of falling cost around the best trial, each finally repaired and judged on the whole search split."""
-    dense = measure(Plan.all(scores.anatomy))
+    dense = measure(Plan.all(scores.anatomy).kept)
     # A candidate that did not come from the family (a trade) is scaled: all its groups grow or shrink together.
     centre = best or family(0.75)
     plans = {centre.digest: centre}
     for factor in AROUND:
-        plan = _at_cost(scores, centre, measure, min(factor * measure(centre), dense))
+        plan = _at_cost(scores, centre, measure, min(factor * measure(centre.kept), dense))
         plans.setdefault(plan.digest, plan)
     data = None if calib is None else list(calib)
     candidates = []
-    for plan in sorted(plans.values(), key=measure, reverse=True):
+    for plan in sorted(plans.values(), key=lambda plan: measure(plan.kept), reverse=True):
         small, repaired = finish(model, scores, plan, data, method)
         evaluation = evaluate(small, judge.data)
         judge.charge(plan.cost(), evaluation.examples)
         digest = state_digest(small)
         candidates.append(
-            Candidate(plan=plan, model=small, search=evaluation, cost=measure(plan), digest=digest, repaired=repaired)
+            Candidate(plan=plan, model=small, search=evaluation, cost=measure(plan.kept), digest=digest, repaired=repaired)
         )
     return candidates
 
@@ -259,7 +264,7 @@ def _at_cost(scores: Scores, centre: Plan, measure: allocate.Measure, target: fl
             name: kept + middle * (units[name] - kept) if middle > 0 else kept * (1 + middle) for name, kept in centre.kept.items()
         }
         plan = Plan.top(scores.anatomy, scores.values, {name: int(round(count)) for name, count in counts.items()})
-        low, high = (middle, high) if measure(plan) < target else (low, middle)
+        low, high = (middle, high) if measure(plan.kept) < target else (low, middle)
     return plan
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ def train(
     return model.eval()
 
 
-def recipe(splits: Splits) -> tuple[tuple[int, ...], dict[str, float]]:
+def recipe(splits: Splits) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Widths and training settings of the demonstration for a data set: small for few pixels, 512-256 hidden for many.
 
     Few examples are made to last by noise on the inputs and more epochs.

@@ -35,9 +35,7 @@ def load_model(spec: str, *, architecture: str | None = None) -> Source:
     ModelError where there is no such network, naming the nearest; FileError and PlanError as `resect.load`.
     """
     if is_saved(spec):
-        model = load(spec, architecture)
-        recorded = read_plan(spec)["architecture"] or {}
-        return Source(model=model, name=Path(spec).name, architecture=architecture or recorded.get("factory"))
+        return _from_directory(spec, architecture)
     if ":" in spec:
         return _from_function(spec)
     if Path(spec).exists():
@@ -48,6 +46,17 @@ def load_model(spec: str, *, architecture: str | None = None) -> Source:
         f"no network {spec!r}: name a function as module:function, or a directory that resect wrote."
         + nearest(spec, [*folders, *modules])
     )
+
+
+def _from_directory(spec: str, architecture: str | None) -> Source:
+    """A saved network; one that is cut already is described by its directory, a dense one by its own architecture."""
+    model, record = load(spec, architecture), read_plan(spec)
+    if record["shapes"] != record["dense_shapes"]:
+        return Source(model=model, name=Path(spec).name, architecture=spec)
+    recorded = record["architecture"]
+    if architecture is not None and (recorded is None or recorded["factory"] != architecture):
+        recorded = {"factory": architecture, "arguments": {}}
+    return Source(model=model, name=Path(spec).name, architecture=recorded["factory"], arguments=recorded["arguments"])
 
 
 def _from_function(spec: str) -> Source:

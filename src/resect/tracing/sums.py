@@ -168,7 +168,7 @@ def _peaks(values: torch.Tensor, membership: torch.Tensor) -> torch.Tensor:
     if len(membership) != len(values) or len(values) == 1:
         peaks[membership.sum(0) > 0] = values.amax(0)
         return peaks
-    return peaks.index_reduce_(0, membership.argmax(1), values, "amax")
+    return peaks.scatter_reduce_(0, membership.argmax(1)[:, None].expand_as(values), values, "amax")
 
 
 def by_example(reading: Reading, examples: int, values: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:

@@ -24,12 +24,7 @@ def reshape(call: Call) -> Followed:
     if x.flat and set(range(len(x.shape))) == set(x.flat) | {a for a, s in enumerate(x.shape) if s == 1}:
         flat = frozenset(a for a, s in enumerate(call.shape) if s > 1)
     planes = tuple(reshaped(p, x.shape, call.shape) for p in x.planes)
-    stats = tuple(reshaped(p, x.shape, call.shape) if p.ndim == len(x.shape) and _fits(p, x.shape) else p for p in x.stats)
-    return replace(x, planes=planes, flat=flat, stats=stats)
-
-
-def _fits(plane: Plane, shape: Sequence[int]) -> bool:
-    return all(a in (1, b) for a, b in zip(plane.shape, shape))
+    return replace(x, planes=planes, flat=flat)
 
 
 def _moved(call: Call, order: Sequence[int]) -> Followed:

@@ -1,0 +1,232 @@
+"""Every anatomy is tried before it is handed out: cut must equal masked, or the groups concerned are pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from resect.anatomy.anatomy import Anatomy, AttributeEdit, Group, Pin
+from resect.anatomy.attributes import Edits, alternatives
+from resect.anatomy.slicing import apply, masked_weights, named_tensors, replace as put, skeleton
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 6e-2}
+
+
+def half(group: Group, seed: int = 0) -> np.ndarray:
+    """A random half (at least one, never all) of every part of a group, as a mask of the units that stay."""
+    rng = np.random.default_rng([seed, group.units])
+    keep = np.ones(group.units, dtype=bool)
+    for part in np.unique(group.parts):
+        members = np.flatnonzero(group.parts == part)
+        keep[rng.permutation(members)[: max(len(members) // 2, 1)]] = False
+    return keep
+
+
+def outputs(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+    """Every tensor that the forward pass returns, with the random numbers of seed 0."""
+    args, kwargs = example
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        result = model(*args, **_without_cache(kwargs))
+    return [t for t in leaves(result) if isinstance(t, Tensor)]
+
+
+def leaves(result: Any) -> list[Any]:
+    """What a forward pass returned, nested in any way, as a flat list; unknown objects are looked into."""
+    flat, _ = tree_flatten(result)
+    found: list[Any] = []
+    for leaf in flat:
+        if isinstance(leaf, Tensor) or leaf is None or isinstance(leaf, (int, float, str, bool)):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += leaves(dict(leaf))
+        elif hasattr(leaf, "__dict__"):
+            found += leaves(list(vars(leaf).values()))
+    return found
+
+
+def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(kwargs)
+
+
+def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Largest relative difference over all outputs; infinite where shapes differ or one is not a number."""
+    worst = 0.0
+    if len(one) != len(other):
+        return float("inf")
+    for a, b in zip(one, other):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel() and a.is_floating_point():
+            a, b = a.double(), b.double()
+            gap = torch.where(a == b, torch.zeros_like(a), (a - b).abs())
+            size = b[b.isfinite()].abs().max().clamp_min(1e-12) if bool(b.isfinite().any()) else torch.ones(())
+            value = float(gap.max() / size)
+            worst = max(worst, value) if value == value else float("inf")
+    return worst
+
+
+class Trial:
+    """Cuts and masks one network on its example, without touching it."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.model, self.anatomy = model, anatomy
+        dtypes = {t.dtype for t in named_tensors(model).values() if t.is_floating_point()}
+        self.tolerance = max((TOLERANCE.get(d, 1e-4) for d in dtypes), default=1e-4)
+        self.runs = 0
+
+    def fault(self, groups: Sequence[Group], edits: Edits) -> str | None:
+        """None where half of every one of `groups` can be cut with the effect of masking it; else what went wrong."""
+        keep = {g.name: half(g) for g in groups}
+        anatomy = replace(self.anatomy, groups=tuple(groups), edits=tuple(e for e in edits if e.group in keep))
+        self.runs += 1
+        masked = skeleton(self.model)
+        put(masked, anatomy, masked_weights(self.model, anatomy, keep))
+        expected = outputs(masked, anatomy.example)
+        try:
+            got = outputs(apply(skeleton(self.model), anatomy, keep), anatomy.example)
+        except Exception as error:  # whatever the user's forward raises means that this cut does not fit
+            return f"the forward pass fails after a cut: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        gap = difference(got, expected)
+        return None if gap <= self.tolerance else f"cut and masked network differ by {gap:.1e}"
+
+    def stream_fault(self, group: Group, edits: Edits) -> str | None:
+        """A stream cannot be compared with a mask: permuting its units must change nothing, and its cut must run."""
+        anatomy = replace(self.anatomy, groups=(group,), edits=tuple(e for e in edits if e.group == group.name))
+        self.runs += 1
+        gap = difference(outputs(permuted(self.model, anatomy, group), anatomy.example), outputs(self.model, anatomy.example))
+        if gap > 10 * self.tolerance:
+            return f"permuting its units changes the output by {gap:.1e}"
+        try:
+            outputs(apply(skeleton(self.model), anatomy, {group.name: half(group)}), anatomy.example)
+        except Exception as error:  # as above
+            return f"the forward pass fails after a cut: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        return None
+
+    def check(self, groups: Sequence[Group], edits: Edits) -> str | None:
+        """The right check for the kind of groups."""
+        streams = [g for g in groups if g.kind == "stream"]
+        others = [g for g in groups if g.kind != "stream"]
+        fault = self.fault(others, edits) if others else None
+        for group in streams:
+            fault = fault or self.stream_fault(group, edits)
+        return fault
+
+
+def permuted(model: nn.Module, anatomy: Anatomy, group: Group) -> nn.Module:
+    """The network with the units of one group in another order everywhere: the same function."""
+    rng, order = np.random.default_rng(0), np.arange(group.units)
+    for part in np.unique(group.parts):
+        members = np.flatnonzero(group.parts == part)
+        order[members] = rng.permutation(members)
+    tensors, new = named_tensors(model), dict[str, Tensor]()
+    for part in group.slices:
+        source = new.get(part.tensor, tensors[part.tensor].detach())
+        if part.blocks == 1:
+            index = np.arange(source.shape[part.axis])
+            index[part.index.ravel()] = part.index[order].ravel()
+            new[part.tensor] = source.index_select(part.axis, torch.as_tensor(index, device=source.device))
+        else:
+            new[part.tensor] = _permuted_blocks(source, part.axis, part.blocks, part.index, order)
+    copy = skeleton(model)
+    put(copy, anatomy, new)
+    return copy
+
+
+def _permuted_blocks(source: Tensor, axis: int, blocks: int, index: np.ndarray, order: np.ndarray) -> Tensor:
+    size = source.shape[axis]
+    positions = np.arange(size * blocks)
+    positions[index.ravel()] = index[order].ravel()
+    shares = source.chunk(blocks, 0)
+    rows = [share.index_select(axis, torch.as_tensor(positions[b * size : (b + 1) * size] % size)) for b, share in enumerate(shares)]
+    return torch.cat(rows, 0)
+
+
+# settling -----------------------------------------------------------------------------------------------------------------
+
+
+class _Settling:
+    """Finds the edits that make every group cut right, and the groups that no edit helps."""
+
+    def __init__(self, model: nn.Module, trial: Trial, edits: Edits) -> None:
+        self.model, self.trial, self.edits = model, trial, edits
+        self.faults: dict[str, str] = {}
+        self.patterns: dict[str, list[frozenset[tuple[str, str, int | None]]]] = {}
+
+    def settle(self, groups: list[Group]) -> list[Group]:
+        """The groups of `groups` that can be cut right, alone and all at once."""
+        if not groups or self.trial.check(groups, self.edits) is None:
+            return groups
+        if len(groups) == 1:
+            return groups if self._search(groups[0]) else []
+        middle = len(groups) // 2
+        good = self.settle(groups[:middle])
+        good_too = self.settle(groups[middle:])
+        return self._together(good, good_too)
+
+    def _together(self, one: list[Group], other: list[Group]) -> list[Group]:
+        """Both lists at once; where only their combination fails, the later groups that break it stay."""
+        if not one or not other or self.trial.check(one + other, self.edits) is None:
+            return one + other
+        if len(other) == 1:
+            self.faults[other[0].name] = f"right alone, but not together with {one[0].name} and others"
+            return one
+        middle = len(other) // 2
+        return self._together(self._together(one, other[:middle]), other[middle:])
+
+    def _search(self, group: Group) -> bool:
+        """Try attributes of the modules around a group until its cut is right."""
+        base = tuple(e for e in self.edits if not self._is_guess(e, group))
+        fault = self.trial.check([group], self.edits)
+        for more in self._likely(group, base):
+            tried = base + more
+            if self.trial.check([group], tried) is None:
+                self.edits = tried
+                self.patterns.setdefault(_kind(self.model, group), []).insert(0, _pattern(more, group))
+                return True
+        self.faults[group.name] = fault or "cannot be cut right"
+        return False
+
+    def _is_guess(self, edit: AttributeEdit, group: Group) -> bool:
+        return edit.group == group.name and (edit.module, edit.attribute, edit.item) in self.guesses
+
+    guesses: frozenset[tuple[str, str, int | None]] = frozenset()
+
+    def _likely(self, group: Group, base: Edits) -> list[Edits]:
+        """What worked for a group of the same kind first, then everything else."""
+        options = list(alternatives(self.model, group, base))
+        known = self.patterns.get(_kind(self.model, group), [])
+        options.sort(key=lambda o: _pattern(o, group) not in known)
+        return options[:80]
+
+
+def _kind(model: nn.Module, group: Group) -> str:
+    return "/".join(sorted({type(model.get_submodule(s.module)).__name__ + s.tensor.rpartition(".")[2] for s in group.slices}))
+
+
+def _pattern(edits: Edits, group: Group) -> frozenset[tuple[str, str, int | None]]:
+    return frozenset((e.module.rpartition(".")[2], e.attribute, e.item) for e in edits)
+
+
+def settled(model: nn.Module, anatomy: Anatomy, guesses: Edits) -> Anatomy:
+    """The anatomy with the edits that work, and with every group pinned that cannot be cut right."""
+    settling = _Settling(model, Trial(model, anatomy), (*anatomy.edits, *guesses))
+    settling.guesses = frozenset((e.module, e.attribute, e.item) for e in guesses)
+    hidden = [g for g in anatomy.groups if g.kind != "stream"]
+    streams = [g for g in anatomy.groups if g.kind == "stream"]
+    good = settling.settle(hidden) + [g for s in streams for g in settling.settle([s])]
+    names = {g.name for g in good}
+    pins = tuple(Pin(name=g.name, units=g.units, reason=settling.faults[g.name]) for g in anatomy.groups if g.name not in names)
+    return replace(
+        anatomy,
+        groups=tuple(g for g in anatomy.groups if g.name in names),
+        pins=(*anatomy.pins, *pins),
+        edits=tuple(e for e in settling.edits if e.group in names),
+        contractions=tuple(replace(c, group=c.group if c.group in names else None) for c in anatomy.contractions),
+    )
