@@ -46,7 +46,7 @@ from resect.sources.splits import ArrayData, shuffled
 RESULTS = Path(__file__).parent / "results"
 TRAINED_ON = 30_000
 WIDTHS = (784, 512, 256, 10)
-FLOORS = (Floor(accuracy=0.92), Floor(accuracy=0.95), Floor(accuracy=0.97), Floor(drop=0.01), Floor(drop=0.02))
+FLOORS = (Floor(accuracy=0.92), Floor(accuracy=0.95), Floor(accuracy=0.96), Floor(drop=0.01), Floor(drop=0.02))
 SIZES = (1000, 2000, 5000, 10_000)
 RULES = ("certificate", "one guess", "every rung", "flattered", "naive", "bound each")
 
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument(
         "--data", default=None if default is None else str(Path(default) / "mnist"), help="MNIST folder or hub id"
     )
-    parser.add_argument("--candidates", type=int, default=400)
+    parser.add_argument("--candidates", type=int, default=800)
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -8,11 +8,17 @@ from torch import nn
 
 import resect
 from resect import DataError, Floor, GoalError, ModelError, PlanError
+from resect.searching.judging import Judge
 
 
 def small_net(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Wide weights and no biases: the three answers are about equally frequent.
+            parameter.copy_(torch.randn(parameter.shape) if parameter.ndim == 2 else torch.zeros(parameter.shape))
+    return model
 
 
 def answered(model: nn.Module, count: int = 300, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -45,8 +51,8 @@ def test_no_labels_where_the_floor_needs_them() -> None:
 
 
 def test_labels_out_of_range() -> None:
-    wrong = [(x, y + 5) for x, y in DATA]
-    with pytest.raises(DataError, match=r"labels run from 5 to 7, but the network has 3 outputs"):
+    wrong = [(x, torch.full_like(y, 5)) for x, y in DATA]
+    with pytest.raises(DataError, match=r"labels run from 5 to 5, but the network has 3 outputs"):
         resect.prune(MODEL, wrong, DATA, floor=GOAL)
     with pytest.raises(DataError, match=r"label"):
         resect.prune(MODEL, DATA, wrong, floor=GOAL)
@@ -94,7 +100,7 @@ def test_an_output_without_a_tensor() -> None:
 
 
 def test_batch_shapes_that_do_not_fit() -> None:
-    with pytest.raises(ModelError, match=r"\(50, 7\)"):
+    with pytest.raises(ModelError, match=r"inputs of shape \(\d+, 7\)"):
         resect.prune(MODEL, DATA, [(torch.randn(50, 7), torch.zeros(50, dtype=torch.long))], floor=GOAL)
 
 
@@ -142,12 +148,11 @@ def test_a_plan_for_another_architecture() -> None:
 
 
 def test_weights_shared_between_modules_are_cut_together() -> None:
-    model = small_net()
     shared = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     shared[4].weight = shared[2].weight
     found = resect.prune(shared, DATA, answered(shared), floor=Floor(drop=0.3), repair="none")
     assert found.model[2].weight is found.model[4].weight
-    assert model is not found.model
+    assert found.model[2].weight.shape == (found.plan.kept["0"], found.plan.kept["0"])
 
 
 @pytest.mark.parametrize(
@@ -165,31 +170,20 @@ def test_unknown_names(arguments: dict, message: str) -> None:
         resect.prune(MODEL, DATA, DATA, floor=GOAL, **arguments)
 
 
-def test_ctrl_c_keeps_the_trials_that_ended(tmp_path) -> None:
-    class Interrupted(list):
-        rounds = 0
+def test_ctrl_c_keeps_the_trials_that_ended(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = Judge.make
 
-        def __iter__(self):
-            Interrupted.rounds += 1
-            return super().__iter__()
-
-    import resect.searching.judging as judging
-
-    original, calls = judging.Judge.make, []
-
-    def make(self, plan):
+    def make(self: Judge, plan: resect.Plan) -> nn.Module:
         calls.append(plan)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return original(self, plan)
 
     file = tmp_path / "trials.jsonl"
-    judging.Judge.make = make  # type: ignore[method-assign]
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            resect.prune(MODEL, DATA, DATA, floor=GOAL, trials=file)
-    finally:
-        judging.Judge.make = original  # type: ignore[method-assign]
+    monkeypatch.setattr(Judge, "make", make)
+    with pytest.raises(KeyboardInterrupt):
+        resect.prune(MODEL, DATA, DATA, floor=GOAL, trials=file)
     lines = file.read_text().splitlines()
     assert len(lines) == 3
     assert all(line.startswith("{") and line.endswith("}") for line in lines)

@@ -147,7 +147,7 @@ def test_quiet_prints_the_verdict_only(here):
         ({"model": "my_cli_module:sick"}, "NaN"),
         ({"model": "my_cli_module:examples"}, "not a torch.nn.Module"),
         ({"data": "digit"}, "Did you mean 'digits'"),
-        ({"data": "my_cli_module:three_of_a_kind"}, "labels 5, 6, 7"),
+        ({"data": "my_cli_module:three_of_a_kind"}, "labels run from 5 to 7"),
         ({"floor": ()}, "--floor 0.95"),
         ({"floor": ("--floor", 0.9, "--drop", 0.1)}, "--floor 0.95"),
         ({"floor": ("--floor", 95)}, "0.95"),

@@ -106,8 +106,8 @@ def _of_axis(model: nn.Module, group: Group, part: Slices, name: str) -> Iterato
     module = model.get_submodule(path)
     tensor = getattr(module, leaf, None)
     size = tensor.shape[part.axis] * part.blocks if isinstance(tensor, torch.Tensor) and part.axis < tensor.ndim else 0
-    rule = next(r for kind, r in _RULES if isinstance(module, kind) and (r(module, leaf, part.axis) or kind is nn.Module))
-    for entry in rule(module, leaf, part.axis):
+    said = (r(module, leaf, part.axis) for kind, r in _RULES if isinstance(module, kind))
+    for entry in next((entries for entries in said if entries), ()):
         attribute, item = entry if isinstance(entry, tuple) else (entry, None)
         value = getattr(module, attribute, None)
         value = value[item] if item is not None and value is not None else value

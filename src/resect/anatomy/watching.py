@@ -324,6 +324,8 @@ def _line() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
+        if file.startswith(_HIDDEN[1]) and frame.f_code.co_name == "_forward":
+            break
         if not file.startswith(_HIDDEN) and not file.startswith("<"):
             return f"{Path(file).name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]

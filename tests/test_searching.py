@@ -1,0 +1,166 @@
+"""The search: equal to brute force on tiny networks, within its budget, and honest about what it froze."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import resect
+from resect import Floor, Plan
+from resect.searching.allocation import Curves, Knapsack, measure, threshold, trades, uniform
+from resect.searching.judging import Judge
+from resect.searching.search import search
+
+
+def blobs(count: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Four noisy clusters in eight dimensions, in batches of 64."""
+    draw = torch.Generator().manual_seed(seed)
+    centres = torch.randn(4, 8, generator=torch.Generator().manual_seed(99)) * 1.2
+    labels = torch.randint(0, 4, (count,), generator=draw)
+    inputs = centres[labels] + torch.randn(count, 8, generator=draw)
+    return list(zip(inputs.split(64), labels.split(64)))
+
+
+def trained(*widths: int, seed: int = 0) -> nn.Sequential:
+    """A ReLU network trained on the blobs for a moment."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(8):
+        for x, y in blobs(1000, seed=1):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = trained(8, 5, 4, 4)
+    calib = blobs(500, seed=2)
+    scores = resect.score(resect.trace(model, calib, resect.dissect(model, calib[0][0][:2])), "reconstruction")
+    return model, scores
+
+
+@pytest.fixture(scope="module")
+def wide():
+    model = trained(8, 64, 32, 4)
+    calib = blobs(2000, seed=2)
+    scores = resect.score(resect.trace(model, calib, resect.dissect(model, calib[0][0][:2])), "reconstruction")
+    return model, scores
+
+
+@pytest.mark.parametrize("floor", [Floor(drop=0.02), Floor(drop=0.1), Floor(accuracy=0.6)])
+@pytest.mark.parametrize("minimise", ["macs", "units", "parameters"])
+def test_law_7_on_a_tiny_network_search_equals_brute_force(tiny, floor: Floor, minimise: str) -> None:
+    model, scores = tiny
+    val, certify = blobs(2000, seed=3), blobs(2000, seed=4)
+    found = search(model, scores, val, floor, certify_on=certify, minimise=minimise, evaluations=20, seed=5)
+    cost = measure(scores.anatomy, minimise)
+    dense = resect.evaluate(model, val)
+    passing = []
+    for counts in itertools.product(range(1, 6), range(1, 5)):
+        plan = Plan.top(scores.anatomy, scores.values, dict(zip(scores.values, counts)))
+        small = resect.cut(model, plan, weights=resect.repair(scores.trace, plan).weights)
+        if resect.evaluate(small, val).accuracy >= floor.threshold(dense.accuracy) - 1e-12:
+            passing.append(cost(plan.kept))
+    best = min(cost(trial.kept) for trial in found.trials if trial.above)
+    assert best == min(passing)
+
+
+def test_the_search_stays_in_its_budget_and_records_every_trial(wide) -> None:
+    model, scores = wide
+    seen = []
+    found = search(model, scores, blobs(2000, seed=3), Floor(drop=0.02), evaluations=7, on_trial=seen.append)
+    assert len(found.trials) == 7
+    assert list(found.trials) == seen
+    assert [trial.number for trial in found.trials] == list(range(7))
+    assert found.passes < 20
+
+
+def test_the_frozen_list_falls_in_cost_and_starts_safe(wide) -> None:
+    model, scores = wide
+    found = search(model, scores, blobs(3000, seed=3), Floor(drop=0.03), calib=blobs(500, seed=2))
+    assert found.certificate is not None
+    assert 1 <= len(found.frozen) <= 12
+    assert len(set(found.frozen)) == len(found.frozen)
+    assert found.certificate.frozen == len(found.frozen)
+    assert found.certified
+    assert resect.surgery.state_digest(found.model) == found.frozen[found.certificate.delivered]
+    assert found.cost.macs < found.dense_cost.macs
+    assert sum(p.numel() for p in found.model.parameters()) == found.cost.parameters
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "threshold", "knapsack", "auto"])
+def test_every_allocation_finds_a_smaller_network(wide, allocation: str) -> None:
+    model, scores = wide
+    found = search(model, scores, blobs(3000, seed=3), Floor(drop=0.05), allocation=allocation)
+    assert found.certified
+    assert found.plan.share < 0.9
+    expected = {"auto": {"uniform", "knapsack", "trade"}}.get(allocation, {allocation})
+    assert {trial.allocation for trial in found.trials} <= expected
+
+
+def test_repair_makes_the_search_find_leaner_networks(wide) -> None:
+    model, scores = wide
+    val, certify = blobs(3000, seed=3), blobs(3000, seed=4)
+    shares = {
+        method: search(model, scores, val, Floor(drop=0.03), certify_on=certify, method=method).cost.macs
+        for method in ("none", "least_squares")
+    }
+    assert shares["least_squares"] < shares["none"]
+
+
+def test_the_knapsack_falls_in_cost_as_the_price_rises(wide) -> None:
+    _, scores = wide
+    cost = measure(scores.anatomy, "macs")
+    knapsack = Knapsack(scores=scores, curves=Curves.of(scores, "least_squares"), measure=cost)
+    costs = [cost(knapsack.plan(price).kept) for price in (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0)]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] == cost(Plan.all(scores.anatomy).kept)
+    assert costs[-1] < 0.2 * costs[0]
+
+
+def test_curves_fall_with_units_and_end_at_nothing(wide) -> None:
+    _, scores = wide
+    curves = Curves.of(scores, "least_squares")
+    for name, errors in curves.errors.items():
+        assert (np.diff(errors) <= 1e-12).all()
+        assert errors[-1] == 0
+        assert curves.counts[name][-1] == scores.anatomy.group(name).units
+
+
+def test_trades_are_leaner(wide) -> None:
+    _, scores = wide
+    cost = measure(scores.anatomy, "macs")
+    plan = uniform(scores, 0.5)
+    offers = trades(scores, plan, Curves.of(scores, "least_squares"), cost)
+    assert offers
+    assert all(cost(offer.kept) < cost(plan.kept) for offer in offers)
+
+
+def test_one_threshold_for_all_groups(wide) -> None:
+    _, scores = wide
+    normal = scores.normalised()
+    plan = threshold(scores, 0.8)
+    for name, mask in plan.keep.items():
+        assert mask.sum() == max(1, (normal[name] >= 0.8).sum())
+
+
+def test_the_race_never_judges_more_than_it_needs(wide) -> None:
+    model, scores = wide
+    judge = Judge(
+        model=model, trace=scores.trace, data=blobs(4000, seed=3), floor=Floor(accuracy=0.3), method="least_squares", evaluations=5
+    )
+    trial = judge.judge(uniform(scores, 0.5), "uniform")
+    assert trial.stopped
+    assert trial.above
+    assert trial.examples < 1000
+    assert judge.judge(uniform(scores, 0.5), "uniform") is trial
