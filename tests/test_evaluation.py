@@ -153,11 +153,12 @@ def clocks(monkeypatch):
 
     class Clock:
         cpu = wall = 0.0
-        busy = 1.0
+        busy = growth = pace = 1.0
 
         def tick(self, seconds):
-            self.cpu += seconds
-            self.wall += seconds * self.busy
+            self.cpu += seconds * self.pace
+            self.wall += seconds * self.pace * self.busy
+            self.pace *= self.growth
 
     clock = Clock()
     monkeypatch.setattr(evaluation.time, "process_time", lambda: clock.cpu)
@@ -166,11 +167,11 @@ def clocks(monkeypatch):
 
 
 class Timed(nn.Module):
-    """A network whose forward pass takes `seconds` per example by the test's clock, plus a drift that grows with every call."""
+    """A network whose forward pass takes `seconds` per example by the test's clock."""
 
-    def __init__(self, clock, seconds, drift=0.0):
+    def __init__(self, clock, seconds):
         super().__init__()
-        self.clock, self.seconds, self.drift, self.shapes = clock, seconds, drift, []
+        self.clock, self.seconds, self.shapes = clock, seconds, []
         self.eval()
 
     def forward(self, x, mask=None):
@@ -199,6 +200,14 @@ def test_slower_and_busy_are_said(clocks):
     assert not found.faster
     assert "not faster on this device (ratio 0.50)" in str(found)
     assert "wall time was 3.0 times CPU time" in str(found)
+
+
+def test_a_machine_that_slows_down_favours_neither(clocks):
+    clocks.growth = 1.1
+    found = latency(Timed(clocks, 0.01), Timed(clocks, 0.01), torch.zeros(1, 5), batches=(1,), rounds=10)[0]
+    assert found.ratio == pytest.approx(1, abs=0.01)
+    assert found.wins == 0.5
+    assert not found.faster
 
 
 def test_an_even_match_is_not_called_faster():

@@ -54,7 +54,13 @@ def _mlp(activation: nn.Module, bias: bool = True) -> nn.Sequential:
     )
 
 
-for _name, _activation in {"relu": nn.ReLU(), "gelu": nn.GELU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "elu": nn.ELU()}.items():
+for _name, _activation in {
+    "relu": nn.ReLU(),
+    "gelu": nn.GELU(),
+    "tanh": nn.Tanh(),
+    "sigmoid": nn.Sigmoid(),
+    "elu": nn.ELU(),
+}.items():
     entry(f"mlp_{_name}")(lambda a=_activation: (_mlp(a), torch.randn(3, 12)))  # type: ignore[misc]
 
 
@@ -83,7 +89,10 @@ class ResidualMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inp, self.out = nn.Linear(12, 16), nn.Linear(16, 5)
-        self.up, self.down = nn.ModuleList(nn.Linear(16, 20) for _ in range(2)), nn.ModuleList(nn.Linear(20, 16) for _ in range(2))
+        self.up, self.down = (
+            nn.ModuleList(nn.Linear(16, 20) for _ in range(2)),
+            nn.ModuleList(nn.Linear(20, 16) for _ in range(2)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inp(x)
@@ -371,7 +380,11 @@ class Block(nn.Module):
     def __init__(self, i: int, o: int, s: int = 1, bottleneck: bool = False, groups: int = 1, padded: bool = False) -> None:
         super().__init__()
         mid = o // 2 if bottleneck else o
-        kernels = [(i, mid, 1, 1, 1), (mid, mid, 3, s, groups), (mid, o, 1, 1, 1)] if bottleneck else [(i, o, 3, s, 1), (o, o, 3, 1, 1)]
+        kernels = (
+            [(i, mid, 1, 1, 1), (mid, mid, 3, s, groups), (mid, o, 1, 1, 1)]
+            if bottleneck
+            else [(i, o, 3, s, 1), (o, o, 3, 1, 1)]
+        )
         self.body = nn.Sequential(*(conv_bn(*k, act=n + 1 < len(kernels)) for n, k in enumerate(kernels)))
         self.padded, self.stride, self.more = padded, s, o - i
         self.short = nn.Identity() if padded or (i == o and s == 1) else conv_bn(i, o, 1, s, act=False)
@@ -425,7 +438,11 @@ class Inverted(nn.Module):
         mid = i * expand
         self.expand = conv_bn(i, mid, 1)
         self.depthwise = conv_bn(mid, mid, 3, s, mid)
-        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(mid, 4, 1), nn.SiLU(), nn.Conv2d(4, mid, 1), nn.Sigmoid()) if squeeze else None
+        self.squeeze = (
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(mid, 4, 1), nn.SiLU(), nn.Conv2d(4, mid, 1), nn.Sigmoid())
+            if squeeze
+            else None
+        )
         self.project, self.residual = conv_bn(mid, o, 1, act=False), i == o and s == 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -464,14 +481,21 @@ def _() -> Any:
 
 @entry("grouped")
 def _() -> Any:
-    net = nn.Sequential(conv_bn(3, 16), conv_bn(16, 24, 3, 1, 4), conv_bn(24, 12, 3, 1, 2), nn.Flatten(), nn.Linear(12 * 256, 5))
+    net = nn.Sequential(
+        conv_bn(3, 16), conv_bn(16, 24, 3, 1, 4), conv_bn(24, 12, 3, 1, 2), nn.Flatten(), nn.Linear(12 * 256, 5)
+    )
     return net, image()
 
 
 class GroupedConcat(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.g, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 4, 1)
+        self.a, self.b, self.g, self.out = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(16, 16, 3, groups=2),
+            nn.Conv2d(16, 4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(F.relu(self.g(torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1))))
@@ -486,7 +510,9 @@ class Dense(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.layers = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(8 + 6 * n), nn.ReLU(), nn.Conv2d(8 + 6 * n, 6, 3, padding=1)) for n in range(3))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(8 + 6 * n), nn.ReLU(), nn.Conv2d(8 + 6 * n, 6, 3, padding=1)) for n in range(3)
+        )
         self.out = nn.Linear(26, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -504,7 +530,11 @@ def _() -> Any:
 class ShuffleUnit(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.branch = nn.Sequential(conv_bn(width // 2, width // 2, 1), conv_bn(width // 2, width // 2, 3, 1, width // 2, act=False), conv_bn(width // 2, width // 2, 1))
+        self.branch = nn.Sequential(
+            conv_bn(width // 2, width // 2, 1),
+            conv_bn(width // 2, width // 2, 3, 1, width // 2, act=False),
+            conv_bn(width // 2, width // 2, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         keep, work = x.chunk(2, 1)
@@ -524,7 +554,12 @@ def _() -> Any:
 class ShuffleGroups(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.a, self.b, self.out = conv_bn(3, 16), conv_bn(16, 16, 1, 1, 4), conv_bn(16, 16, 3, 1, 4), nn.Conv2d(16, 5, 1)
+        self.stem, self.a, self.b, self.out = (
+            conv_bn(3, 16),
+            conv_bn(16, 16, 1, 1, 4),
+            conv_bn(16, 16, 3, 1, 4),
+            nn.Conv2d(16, 5, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.b(shuffled(self.a(self.stem(x)), 4)))
@@ -547,7 +582,9 @@ class Fire(nn.Module):
 
 @entry("squeezenet")
 def _() -> Any:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), Fire(8), nn.MaxPool2d(2), Fire(16), nn.Conv2d(16, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), image()
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), Fire(8), nn.MaxPool2d(2), Fire(16), nn.Conv2d(16, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ), image()
 
 
 class UNet(nn.Module):
@@ -588,7 +625,12 @@ def _() -> Any:
 class PixelUp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 24, 3, padding=1), nn.Conv2d(6, 8, 3), nn.Conv2d(8, 3, 1)
+        self.a, self.b, self.c, self.out = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 24, 3, padding=1),
+            nn.Conv2d(6, 8, 3),
+            nn.Conv2d(8, 3, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pixel_shuffle(self.b(F.relu(self.a(x))), 2)
@@ -602,7 +644,15 @@ def _() -> Any:
 
 @entry("groupnorm")
 def _() -> Any:
-    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.GroupNorm(1, 8), nn.ReLU(), nn.Conv2d(8, 5, 1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.GroupNorm(4, 16),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3),
+        nn.GroupNorm(1, 8),
+        nn.ReLU(),
+        nn.Conv2d(8, 5, 1),
+    )
     return net, image()
 
 
@@ -684,7 +734,12 @@ class Attended(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.fc, self.space, self.out = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Conv2d(2, 1, 3, padding=1), nn.Conv2d(8, 5, 1)
+        self.a, self.fc, self.space, self.out = (
+            nn.Conv2d(3, 8, 3),
+            nn.Linear(8, 8),
+            nn.Conv2d(2, 1, 3, padding=1),
+            nn.Conv2d(8, 5, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.a(x))
@@ -700,19 +755,27 @@ def _() -> Any:
 @entry("weight_norm")
 def _() -> Any:
     wn = nn.utils.parametrizations.weight_norm
-    return nn.Sequential(wn(nn.Linear(12, 16)), nn.ReLU(), wn(nn.Linear(16, 10)), nn.ReLU(), nn.Linear(10, 5)), torch.randn(3, 12)
+    return nn.Sequential(wn(nn.Linear(12, 16)), nn.ReLU(), wn(nn.Linear(16, 10)), nn.ReLU(), nn.Linear(10, 5)), torch.randn(
+        3, 12
+    )
 
 
 @entry("spectral_norm")
 def _() -> Any:
     sn = nn.utils.parametrizations.spectral_norm
-    return nn.Sequential(sn(nn.Linear(12, 16)), nn.ReLU(), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 5)), torch.randn(3, 12)
+    net = nn.Sequential(sn(nn.Linear(12, 16)), nn.ReLU(), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 5))
+    return net, torch.randn(3, 12)
 
 
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
-        self.table, self.rnn, self.mid, self.out = nn.Embedding(20, 8), kind(8, 10, batch_first=True), nn.Linear(10, 12), nn.Linear(12, 4)
+        self.table, self.rnn, self.mid, self.out = (
+            nn.Embedding(20, 8),
+            kind(8, 10, batch_first=True),
+            nn.Linear(10, 12),
+            nn.Linear(12, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(F.relu(self.mid(self.rnn(self.table(x))[0])))
@@ -731,8 +794,12 @@ def _() -> Any:
 class Vgg(nn.Sequential):
     def __init__(self) -> None:
         plan = [(3, 8), (8, 8), None, (8, 12), (12, 12), None]
-        layers = [m for p in plan for m in ([nn.MaxPool2d(2)] if p is None else [nn.Conv2d(*p, 3, padding=1), nn.ReLU(inplace=True)])]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 5))
+        layers = [
+            m for p in plan for m in ([nn.MaxPool2d(2)] if p is None else [nn.Conv2d(*p, 3, padding=1), nn.ReLU(inplace=True)])
+        ]
+        super().__init__(
+            *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 5)
+        )
 
 
 @entry("vgg")

@@ -76,14 +76,15 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """
     check_fits(model, plan)
     replaced = slicing.masked_weights(model, plan.anatomy, plan.keep)
-    original: list[tuple[dict, str, Tensor]] = []
+    original: list[tuple[dict, str, Tensor | None]] = []
     try:
         for name, tensor in replaced.items():
             for alias in (name, *plan.anatomy.aliases.get(name, ())):
                 path, _, leaf = alias.rpartition(".")
-                owner = model.get_submodule(path)._parameters
-                original.append((owner, leaf, owner[leaf]))  # type: ignore[arg-type]
-                owner[leaf] = nn.Parameter(tensor, requires_grad=False)
+                module = model.get_submodule(path)
+                owner = module._parameters if leaf in module._parameters else module._buffers
+                original.append((owner, leaf, owner[leaf]))
+                owner[leaf] = nn.Parameter(tensor, requires_grad=False) if owner is module._parameters else tensor
         yield model
     finally:
         for owner, leaf, tensor in reversed(original):

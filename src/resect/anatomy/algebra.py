@@ -265,6 +265,9 @@ def _sum(book: Book, left: _Side, right: _Side, letter: str) -> None:
     if bool(ours) != bool(theirs) or not (ours or theirs):
         for p, _ in ours + theirs:
             book.pin(p, "is contracted with a tensor of fixed width (an input, a constant or a literal size)")
+    elif min(len(left.letters), len(right.letters)) == 1 and left.marks.source == right.marks.source == "parameter":
+        for p, _ in ours + theirs:
+            book.pin(p, "is normalised by a product of weights")
     elif "parameter" not in (left.marks.source, right.marks.source):
         for p, _ in ours + theirs:
             book.pin(p, MULTIPLIED)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from resect.anatomy import table
+
 Role = Literal["writer", "reader", "carrier"]
 Kind = Literal["hidden", "head", "expert", "stream"]
 
@@ -144,6 +146,19 @@ class Anatomy:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
         hint = f"the nearest of its {len(names)} groups is {near[0]!r}" if near else "it has no groups at all"
         raise KeyError(f"no group {name!r} in this anatomy; {hint}")
+
+    @property
+    def prunable(self) -> float:
+        """Share of the parameters, in [0, 1], that belong to at least one unit."""
+        return table.prunable(self) / max(table.total(self), 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Groups, pins, edits and totals as plain JSON values."""
+        return table.as_json(self)
+
+    def __str__(self) -> str:
+        """A table of the groups, of what stays and why, and of the share of parameters that belong to units."""
+        return table.render(self)
 
     @property
     def fingerprint(self) -> str:

@@ -58,6 +58,7 @@ def attribute_rule(kind: type[nn.Module]) -> Callable[[AttributeRule], Attribute
 def _convolution(module: nn.Module, tensor: str, axis: int) -> Sequence[str]:
     if tensor != "weight" or axis > 1:
         return ()
+    assert isinstance(module, nn.modules.conv._ConvNd)
     if module.groups > 1 and module.groups == module.in_channels:
         return ("out_channels", "in_channels", "groups") if axis == 0 else ()
     return ("in_channels",) if (axis == 0) == bool(module.transposed) else ("out_channels",)
@@ -121,13 +122,14 @@ def _of_axis(model: nn.Module, group: Group, part: Slices, name: str) -> Iterato
 
 def guessed(model: nn.Module, group: Group) -> Edits:
     """Attributes around a group of heads that say by their name that they count its heads or their joint width."""
-    if group.kind not in ("head", "stream"):
+    if group.kind != "head":
         return ()
-    return tuple(e for e in candidates(model, group) if _HEADS.match(_leaf(e)) or _SIZES.match(_leaf(e))) if group.kind == "head" else ()
+    return tuple(e for e in candidates(model, group) if _named(e) and "." not in e.attribute)
 
 
-def _leaf(edit: AttributeEdit) -> str:
-    return edit.attribute if "." not in edit.attribute else f"config_{edit.attribute}"
+def _named(edit: AttributeEdit) -> bool:
+    leaf = edit.attribute.rpartition(".")[2]
+    return bool(_HEADS.match(leaf) or _SIZES.match(leaf))
 
 
 def candidates(model: nn.Module, group: Group) -> list[AttributeEdit]:
@@ -189,12 +191,11 @@ def alternatives(model: nn.Module, group: Group, base: Edits) -> Iterator[Edits]
     found = [c for c in candidates(model, group) if c not in base]
     own = [c for c in found if "." not in c.attribute]
     yield ()
-    named = [c for c in found if _HEADS.match(c.attribute.rpartition(".")[2]) or _SIZES.match(c.attribute.rpartition(".")[2])]
+    named = [c for c in found if _named(c)]
     for chosen in (named, own, found):
         if chosen:
             yield tuple(chosen)
     for chosen in (own, found):
         for name in dict.fromkeys(c.attribute for c in chosen):
             yield tuple(c for c in chosen if c.attribute == name)
-    for pair in list(combinations(own, 2))[:40]:
-        yield pair
+    yield from list(combinations(own, 2))[:40]

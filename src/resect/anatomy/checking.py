@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_flatten
 
 from resect.anatomy.anatomy import Anatomy, AttributeEdit, Group, Pin
 from resect.anatomy.attributes import Edits, alternatives
-from resect.anatomy.slicing import apply, masked_weights, named_tensors, replace as put, skeleton
+from resect.anatomy.slicing import apply, masked_weights, named_tensors, skeleton
+from resect.anatomy.slicing import replace as put
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 6e-2}
 
@@ -92,7 +93,7 @@ class Trial:
         try:
             got = outputs(apply(skeleton(self.model), anatomy, keep), anatomy.example)
         except Exception as error:  # whatever the user's forward raises means that this cut does not fit
-            return f"the forward pass fails after a cut: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            return _failure(error)
         gap = difference(got, expected)
         return None if gap <= self.tolerance else f"cut and masked network differ by {gap:.1e}"
 
@@ -106,7 +107,7 @@ class Trial:
         try:
             outputs(apply(skeleton(self.model), anatomy, {group.name: half(group)}), anatomy.example)
         except Exception as error:  # as above
-            return f"the forward pass fails after a cut: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            return _failure(error)
         return None
 
     def check(self, groups: Sequence[Group], edits: Edits) -> str | None:
@@ -117,6 +118,11 @@ class Trial:
         for group in streams:
             fault = fault or self.stream_fault(group, edits)
         return fault
+
+
+def _failure(error: Exception) -> str:
+    message = (str(error).splitlines() or [""])[0][:160]
+    return f"the forward pass fails after a cut: {type(error).__name__}: {message}"
 
 
 def permuted(model: nn.Module, anatomy: Anatomy, group: Group) -> nn.Module:
@@ -144,7 +150,9 @@ def _permuted_blocks(source: Tensor, axis: int, blocks: int, index: np.ndarray, 
     positions = np.arange(size * blocks)
     positions[index.ravel()] = index[order].ravel()
     shares = source.chunk(blocks, 0)
-    rows = [share.index_select(axis, torch.as_tensor(positions[b * size : (b + 1) * size] % size)) for b, share in enumerate(shares)]
+    rows = [
+        share.index_select(axis, torch.as_tensor(positions[b * size : (b + 1) * size] % size)) for b, share in enumerate(shares)
+    ]
     return torch.cat(rows, 0)
 
 

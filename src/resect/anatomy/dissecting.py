@@ -79,7 +79,9 @@ def _check(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a scripted module cannot be cut; pass the nn.Module it was made from")
     if model.training:
-        raise ModelError("the network is in training mode, where dropout and batch statistics hide its structure; call model.eval()")
+        raise ModelError(
+            "the network is in training mode, where dropout and batch statistics hide its structure; call model.eval()"
+        )
 
 
 def _on_meta(model: nn.Module) -> bool:
@@ -116,21 +118,17 @@ def _pin_unreached_readers(model: nn.Module, watch: Watch, grouped: Grouped) -> 
     """Weights that the example did not reach (an expert no token chose) may read what their reached siblings read."""
     unreached = [(n, p) for n, p in model.named_parameters() if n not in watch.touched and p.ndim > 0]
     patterns = {(_numberless(n), tuple(p.shape)) for n, p in unreached}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     sizes = {size for _, p in unreached for size in p.shape if size > 1}
     for g, found in enumerate(grouped.groups):
         tensors = {s.tensor for s in found.slices}
-        siblings = {t for t in tensors if (_numberless(t), tuple(model.get_parameter(t).shape) if _is_parameter(model, t) else ()) in patterns}
+        siblings = {t for t in tensors if (_numberless(t), shapes.get(t)) in patterns}
         inside = _prefix(siblings)
         outside = any(not t.startswith(inside) for t in tensors) if siblings else False
         spread = found.kind == "stream" and any(found.units == size for size in sizes)
         if outside or spread:
             labels = np.flatnonzero(grouped.group_of == g)
             watch.book.pin(labels, f"may be read by weights that the example does not reach, such as {unreached[0][0]}")
-
-
-def _is_parameter(model: nn.Module, name: str) -> bool:
-    path, _, leaf = name.rpartition(".")
-    return leaf in model.get_submodule(path)._parameters
 
 
 def _numberless(name: str) -> str:

@@ -136,7 +136,7 @@ class _Resolution:
             lookup[number] = place
         group_of_class = lookup[numbers]
         members = order[np.argsort(group_of_class[order], kind="stable")]
-        bounds = np.cumsum(np.bincount(group_of_class[members], minlength=len(rank)))[:-1] if len(rank) else []
+        bounds = np.searchsorted(group_of_class[members], np.arange(1, len(rank)))
         return group_of_class, [m for m in np.split(members, bounds) if m.size]
 
     def _has(self, role: str) -> np.ndarray:
@@ -208,7 +208,10 @@ class _Resolution:
     # results ----------------------------------------------------------------------------------------------------------
 
     def _finished(self, group_of_class: np.ndarray, groups: list[np.ndarray], parts: list[np.ndarray]) -> Grouped:
-        flags = {k: self._flag(m) for k, m in (("stream", self.book.streams), ("head", self.book.heads), ("expert", self.book.experts))}
+        flags = {
+            k: self._flag(m)
+            for k, m in (("stream", self.book.streams), ("head", self.book.heads), ("expert", self.book.experts))
+        }
         unit_of = np.zeros(self.count, np.int64)
         for members in groups:
             unit_of[members] = np.arange(len(members))

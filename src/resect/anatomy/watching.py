@@ -122,7 +122,9 @@ class Watch(TorchDispatchMode):
         self._modules = {id(m): name for name, m in model.named_modules()}
         self._stack: list[str] = []
         self._op = ""
-        state = [(n, p, "parameter") for n, p in model.named_parameters()] + [(n, b, "buffer") for n, b in model.named_buffers()]
+        state = [(n, p, "parameter") for n, p in model.named_parameters()] + [
+            (n, b, "buffer") for n, b in model.named_buffers()
+        ]
         self._names = {id(t): name for name, t, _ in state}
         self._places = {self._place(t): name for name, t, _ in state if t.numel() and t.device.type != "meta"}
 

@@ -14,6 +14,8 @@ from resect.tracing import Evidence, Trace
 
 Scorer = Callable[[Evidence], np.ndarray]
 DEAD_VARIANCE = 1e-12
+# Sums are taken in single precision: a variance this small beside the mean square is rounding, and the unit constant.
+ROUNDING = 1e-6
 SCORERS: dict[str, Scorer] = {}
 
 
@@ -99,5 +101,6 @@ def _dead_last(values: np.ndarray, evidence: Evidence) -> np.ndarray:
     if not evidence.readers:
         return values
     variance = evidence.over_readers("variance")
-    dead = variance < DEAD_VARIANCE * variance.max() if variance.max() > 0 else np.ones(len(values), dtype=bool)
+    square = np.max([np.average(r.mean_square, axis=0, weights=evidence.examples) for r in evidence.readers], axis=0)
+    dead = variance <= np.maximum(DEAD_VARIANCE * variance.max(), ROUNDING * square)
     return np.where(dead, values.min() - 1.0, values)

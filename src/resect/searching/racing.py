@@ -65,6 +65,7 @@ class Accumulator:
     """Sees correctness batch by batch and says when the side of the floor is known.
 
     total: examples of the whole search split. level: probability with which the verdict may contradict the whole split.
+    log_wealth: of the gambler who bets on "above", and of the one who bets on "below".
     """
 
     def __init__(self, floor: Floor, total: int, *, level: float = 0.001) -> None:
@@ -79,7 +80,7 @@ class Accumulator:
         self.dense_correct: int | None = None
         self.differ: int | None = None
         self._sum = self._squares = 0.0
-        self._wealth = [0.0, 0.0]
+        self.log_wealth = [0.0, 0.0]
 
     def see(self, correct: np.ndarray, dense_correct: np.ndarray | None = None) -> bool | None:
         """Add a batch, (n,) bool each; True: above or on the floor, False: below, None: not known yet, go on.
@@ -126,8 +127,8 @@ class Accumulator:
         above = np.log1p(np.clip(bets, 0, LARGEST_BET / left) * (x - left))
         below = np.log1p(np.clip(bets, -LARGEST_BET / (1 - left), 0) * (x - left))
         for side, gains in enumerate((above, below)):
-            path = self._wealth[side] + np.cumsum(gains)
-            self._wealth[side] = float(path[-1])
+            path = self.log_wealth[side] + np.cumsum(gains)
+            self.log_wealth[side] = float(path[-1])
             if path.max() >= self.goal:
                 return side == 0
         return None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from resect.anatomy.algebra import Product, contract, meet
-from resect.anatomy.labels import Book, Marks, axes, vector
+from resect.anatomy.labels import Book, Marks, axes, on_axis, vector
 from resect.anatomy.watching import Call, Followed, rule
 
 
@@ -102,10 +102,11 @@ def grouped_mm(call: Call) -> Followed:
     return out
 
 
-def _pinned(call: Call, reason: str) -> None:
+def _pinned(call: Call, reason: str) -> Followed:
     for m in call.operands:
         for p in m.planes:
             call.book.pin(p, reason)
+    return None
 
 
 def channels(book: Book, marks: Marks, axis: int) -> list[Tensor]:
@@ -116,3 +117,9 @@ def channels(book: Book, marks: Marks, axis: int) -> list[Tensor]:
             book.tie_along(p, (a for a in axes(p) if a != axis))
             found.append(vector(p, axis))
     return found
+
+
+def per_channel(marks: Marks, ndim: int) -> Marks:
+    """A vector of one value for each channel, as it is broadcast against axis 1."""
+    shape = (1, marks.shape[0], *[1] * (ndim - 2))
+    return replace(marks, shape=shape, planes=tuple(on_axis(vector(p, 0), 1, ndim) for p in marks.planes), flat=frozenset())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resect.anatomy.algebra import UNLABELLED, meet, mix
 from resect.anatomy.labels import Book, Marks, Plane, axes, on_axis, vector
-from resect.anatomy.rules.contractions import channels
+from resect.anatomy.rules.contractions import channels, per_channel
 from resect.anatomy.watching import Call, Followed, rule
 
 SPACE = "is mixed along a labelled axis by a window"
@@ -33,7 +33,7 @@ def convolution(call: Call) -> Followed:
             call.book.pin(p, "is a kernel that was computed in a way resect does not follow")
     if groups == 1:
         written = _plain(call.book, weight, read, 1 if not transposed else 0)
-    elif _is_depthwise(x, weight, groups, transposed):
+    elif x.shape[1] == groups:
         written = _depthwise(call.book, weight, read, call.shape[1] // groups, transposed)
     else:
         written = _grouped(call, weight, read, groups, transposed)
@@ -42,9 +42,7 @@ def convolution(call: Call) -> Followed:
     out = Marks(shape=call.shape, planes=tuple(planes), source="activation" if x.source == "activation" else x.source)
     if call.get("bias") is None:
         return out
-    bias = call.marks("bias")
-    bias = replace(bias, shape=(1, bias.shape[0], *[1] * (ndim - 2)), planes=tuple(on_axis(vector(p, 0), 1, ndim) for p in bias.planes))
-    return meet(call.book, out, bias)
+    return meet(call.book, out, per_channel(call.marks("bias"), ndim))
 
 
 def _count(call: Call, x: Marks, weight: Marks, transposed: bool) -> None:
@@ -90,10 +88,6 @@ def _read(book: Book, labels: Tensor, read: Sequence[Tensor]) -> None:
 def _hold(book: Book, read: Sequence[Tensor]) -> None:
     for channel in read:
         book.pin(channel, UNLABELLED)
-
-
-def _is_depthwise(x: Marks, weight: Marks, groups: int, transposed: bool) -> bool:
-    return x.shape[1] == groups
 
 
 def _depthwise(book: Book, weight: Marks, read: Sequence[Tensor], many: int, transposed: bool) -> Tensor | None:

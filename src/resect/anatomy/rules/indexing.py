@@ -139,7 +139,7 @@ def _written(call: Call, target: Marks, values: Marks) -> Marks:
                 call.book.pin(p, "is written into a tensor of fixed width")
         return replace(target, planes=planes, source=source, flat=frozenset(), name=None)
     out = meet(call.book, target, values)
-    return replace(out, source=source, name=None)  # type: ignore[arg-type]
+    return replace(out, source=source, name=None)
 
 
 @rule("aten::gather", "aten::take_along_dim")

@@ -8,21 +8,15 @@ from dataclasses import replace
 from torch import Tensor
 
 from resect.anatomy.algebra import meet, mix
-from resect.anatomy.labels import Marks, axes, on_axis, vector
-from resect.anatomy.rules.contractions import channels
+from resect.anatomy.labels import Marks, axes
+from resect.anatomy.rules.contractions import channels, per_channel
 from resect.anatomy.watching import Call, Followed, rule
-
-
-def _per_channel(m: Marks, ndim: int) -> Marks:
-    """A vector of one value per channel, as it is broadcast against axis 1."""
-    shape = (1, m.shape[0], *[1] * (ndim - 2))
-    return replace(m, shape=shape, planes=tuple(on_axis(vector(p, 0), 1, ndim) for p in m.planes), flat=frozenset())
 
 
 def _with_state(call: Call, x: Marks, names: Sequence[str]) -> Marks:
     for name in names:
         if isinstance(call.get(name), Tensor):
-            x = meet(call.book, x, _per_channel(call.marks(name), len(x.shape)))
+            x = meet(call.book, x, per_channel(call.marks(name), len(x.shape)))
     return x
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from resect.anatomy.algebra import mix
 from resect.anatomy.labels import Marks
 from resect.anatomy.rules.views import without
-from resect.anatomy.watching import Call, Followed, rule
+from resect.anatomy.watching import Call, Followed, elementwise, rule
 
 
 def _over(call: Call, ndim: int) -> list[int]:
@@ -44,8 +44,6 @@ def summary(call: Call) -> Followed:
 def reduction(call: Call) -> Followed:
     """The largest, the product, a vote: needs all units."""
     if isinstance(call.get("other"), Tensor):
-        from resect.anatomy.watching import elementwise
-
         return elementwise(call)
     return _reduced(call, stats=False, reason="is compared with the other units of its width")
 
@@ -90,8 +88,9 @@ def selects(call: Call) -> Followed:
     return out if isinstance(call.out, Tensor) else [out] * len(call.out)
 
 
-def gone(call: Call, operands: Sequence[Marks], reason: str) -> None:
+def gone(call: Call, operands: Sequence[Marks], reason: str) -> Followed:
     """Pin everything that `operands` carry."""
     for m in operands:
         for p in (*m.planes, *m.stats):
             call.book.pin(p, reason)
+    return None

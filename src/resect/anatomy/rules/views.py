@@ -140,7 +140,8 @@ def slice_(call: Call) -> Followed:
 def _whole_parts(book: Book, p: Plane, at: int, start: int, end: int) -> None:
     """A range taken from equal parts (halves, thirds) holds after a cut when all parts lose equally."""
     size, length = p.shape[at], end - start
-    if 0 < length < size and size % length == 0 and start % length == 0:
+    empty = bool((p.narrow(at, start, max(length, 0)) < 0).all())
+    if 0 < length < size and size % length == 0 and start % length == 0 and not empty:
         book.partition(p, _positions(p, at) // length)
 
 

@@ -1,0 +1,144 @@
+"""An anatomy for people and for programs: the printed table, and the same as plain JSON values."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from resect.anatomy.anatomy import Anatomy, Group, Slices
+
+
+def prunable(anatomy: Anatomy, groups: Iterable[Group] | None = None) -> int:
+    """Number of parameters that belong to at least one unit of `groups` (default: all of them)."""
+    owned: dict[str, np.ndarray] = {}
+    for group in anatomy.groups if groups is None else groups:
+        for part in group.slices:
+            if part.tensor in anatomy.parameters:
+                mask = owned.setdefault(part.tensor, np.zeros(_folded(anatomy, part), dtype=bool))
+                _mark(mask, part)
+    return sum(int(m.sum()) * _rest(anatomy, name) for name, m in owned.items())
+
+
+def _folded(anatomy: Anatomy, part: Slices) -> tuple[int, ...]:
+    """The tensor's shape with every axis that no group owns taken as one: masks stay small."""
+    axes = {s.axis for g in anatomy.groups for s in g.slices if s.tensor == part.tensor}
+    blocked = any(s.blocks > 1 for g in anatomy.groups for s in g.slices if s.tensor == part.tensor)
+    return tuple(n if a in axes or (blocked and a == 0) else 1 for a, n in enumerate(anatomy.shapes[part.tensor]))
+
+
+def _rest(anatomy: Anatomy, tensor: str) -> int:
+    part = next(s for g in anatomy.groups for s in g.slices if s.tensor == tensor)
+    return math.prod(anatomy.shapes[tensor]) // math.prod(_folded(anatomy, part))
+
+
+def _mark(mask: np.ndarray, part: Slices) -> None:
+    positions, size = part.index.ravel(), mask.shape[part.axis]
+    share = mask.shape[0] // part.blocks
+    for block in range(part.blocks):
+        rows = mask[block * share : (block + 1) * share] if part.blocks > 1 else mask
+        inside = positions[positions // size == block] % size
+        rows[(slice(None),) * part.axis + (inside,)] = True
+
+
+def total(anatomy: Anatomy) -> int:
+    """Number of parameters of the network."""
+    return sum(math.prod(anatomy.shapes[name]) for name in anatomy.parameters)
+
+
+def per_unit(anatomy: Anatomy, group: Group) -> int:
+    """Parameters that one unit of a group carries (those it shares with a unit of another group count for both)."""
+    return round(prunable(anatomy, [group]) / group.units)
+
+
+def as_json(anatomy: Anatomy) -> dict[str, Any]:
+    """Groups, pins, edits and totals as plain values; positions are left out."""
+    return {
+        "fingerprint": anatomy.fingerprint,
+        "parameters": total(anatomy),
+        "prunable_parameters": prunable(anatomy),
+        "macs": sum(c.macs for c in anatomy.contractions),
+        "groups": [_group_json(anatomy, g) for g in anatomy.groups],
+        "pins": [dataclasses.asdict(p) for p in anatomy.pins],
+        "edits": [
+            {"module": e.module, "attribute": e.attribute, "item": e.item, "group": e.group, "step": e.step}
+            for e in anatomy.edits
+        ],
+    }
+
+
+def _group_json(anatomy: Anatomy, group: Group) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "kind": group.kind,
+        "units": group.units,
+        "parts": int(group.parts.max()) + 1 if group.units else 1,
+        "multiple_of": group.multiple_of,
+        "parameters_per_unit": per_unit(anatomy, group),
+        "macs_per_unit": macs_per_unit(anatomy, group),
+        "slices": [
+            {"tensor": s.tensor, "axis": s.axis, "role": s.role, "width": int(s.index.shape[1]), "blocks": s.blocks}
+            for s in group.slices
+        ],
+    }
+
+
+def macs_per_unit(anatomy: Anatomy, group: Group) -> float:
+    """Multiply-accumulates per example that one unit of a group is part of."""
+    owned = {s.tensor: s for s in group.slices if s.role != "carrier" or len(anatomy.shapes[s.tensor]) > 1}
+    found = 0.0
+    for c in anatomy.contractions:
+        if c.tensor in owned:
+            part = owned[c.tensor]
+            found += c.macs * part.index.shape[1] / (anatomy.shapes[part.tensor][part.axis] * part.blocks)
+        elif c.tensor is None and c.group == group.name:
+            found += c.macs / group.units
+    return found
+
+
+def render(anatomy: Anatomy, width: int = 128) -> str:
+    """The table that `print(anatomy)` shows."""
+    console = Console(width=width, record=True, file=io.StringIO(), color_system=None)
+    console.print(_groups(anatomy))
+    console.print(_pins(anatomy))
+    share = prunable(anatomy) / max(total(anatomy), 1)
+    macs = sum(c.macs for c in anatomy.contractions)
+    console.print(
+        f"{share:.1%} of {total(anatomy):,} parameters belong to units; {macs:,.0f} MACs per example", highlight=False
+    )
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines())
+
+
+def _groups(anatomy: Anatomy) -> Table:
+    table = Table(title=f"{len(anatomy.groups)} groups", title_justify="left", box=None, pad_edge=False)
+    for name in ("group", "kind", "units", "written by", "read by"):
+        table.add_column(name, justify="right" if name == "units" else "left", overflow="fold")
+    table.add_column("parameters\neach", justify="right")
+    table.add_column("MACs\neach", justify="right")
+    for group in anatomy.groups:
+        parts = int(group.parts.max()) + 1
+        units = f"{group.units}" + (f" ({parts} equal parts)" if parts > 1 else "")
+        each = f"{per_unit(anatomy, group):,}", f"{macs_per_unit(anatomy, group):,.0f}"
+        table.add_row(group.name, group.kind, units, _modules(group.writers), _modules(group.readers), *each)
+    return table
+
+
+def _modules(slices: Iterable[Slices]) -> str:
+    names = list(dict.fromkeys(s.module or s.tensor for s in slices))
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _pins(anatomy: Anatomy) -> Table:
+    table = Table(title=f"\n{len(anatomy.pins)} widths stay", title_justify="left", box=None, pad_edge=False)
+    for name in ("width", "units", "why it stays", "where"):
+        table.add_column(name, justify="right" if name == "units" else "left", overflow="fold")
+    for pin in anatomy.pins:
+        table.add_row(pin.name, str(pin.units), pin.reason, pin.where)
+    return table
