@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .PHONY: demo test check zoo bench format clean python
 
 demo: $(VENV)/.user  ## train, cut, certify and report a small network (DATA=digits, a folder or a hub id)
-	$(BIN)/resect demo --data $(DATA) --out $(OUT)
+	@$(BIN)/resect demo --data $(DATA) --out $(OUT)
 
 test: $(VENV)/.dev  ## all tests and doctests
 	$(PYTEST) -n 2
@@ -41,13 +41,14 @@ python:
 
 # torch first and pinned: without the constraint pip takes the newest build, with gigabytes of CUDA libraries.
 $(BIN)/python: | python
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@echo "installing torch and what resect needs into $(VENV) (first time only)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch
 
 $(VENV)/.user: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[digits,data]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[digits,data]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.user

@@ -38,14 +38,18 @@ def plans_by_price(knapsack: Knapsack) -> list[Plan]:
     return [knapsack.plan(price) for price in np.geomspace(1e-4, 1e3, 300)]
 
 
-def path(model: nn.Module, scores: Scores, method: str, splits: Splits, calib: list[Any]) -> list[dict[str, Any]]:
+def plans_of(scores: Scores, method: str) -> list[Plan]:
+    """One plan per share in REMOVED, off the knapsack's path."""
+    knapsack = Knapsack(scores=scores, curves=Curves.of(scores, method, levels=96), measure=measure(scores.anatomy, "units"))
+    plans = plans_by_price(knapsack)
+    return [next((plan for plan in plans if plan.share <= 1 - removed + 0.002), plans[-1]) for removed in REMOVED]
+
+
+def path(model: nn.Module, scores: Scores, plans: list[Plan], method: str, splits: Splits, calib: list[Any]) -> list[dict[str, Any]]:
     """Test accuracy along the path of one scorer and one repair."""
-    solver = "least_squares" if method == "sequential" else method
-    knapsack = Knapsack(scores=scores, curves=Curves.of(scores, solver, levels=96), measure=measure(scores.anatomy, "units"))
-    plans, points = plans_by_price(knapsack), []
-    for removed in REMOVED:
-        plan = next((plan for plan in plans if plan.share <= 1 - removed + 0.002), plans[-1])
-        small = cut(model, plan, weights=repair(scores.trace, plan, solver).weights)
+    points = []
+    for plan in plans:
+        small = cut(model, plan, weights=repair(scores.trace, plan, "least_squares" if method == "sequential" else method).weights)
         if method == "sequential":
             small, _ = repair_sequentially(model, small, plan, scores.trace.readers, calib)
         points.append(
@@ -75,8 +79,10 @@ def one_seed(splits: Splits, seed: int, names: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {"seed": seed, "dense": dense, "train_seconds": trained, "paths": {}}
     for name in names:
         scores = score(seen, name, seed=seed)
+        plans: list[Plan] = []
         for method in REPAIRS:
-            result["paths"][f"{name}/{method}"] = path(model, scores, method, splits, calib)
+            plans = plans if method == "sequential" else plans_of(scores, method)
+            result["paths"][f"{name}/{method}"] = path(model, scores, plans, method, splits, calib)
         best = [largest(result["paths"][f"{name}/{m}"], dense, 0.002) for m in REPAIRS]
         print(f"seed {seed} dense {dense:.4f} {name}: removed at .2 {dict(zip(REPAIRS, np.round(best, 3)))}", flush=True)
     if "reconstruction" in names:

@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     labels = torch.randint(0, 10, (32,))
-    cases = {
+    cases: dict = {
         f"ResNet-18, 10 classes, {arguments.size}x{arguments.size}, batch 32": (
             ResNet18(10).eval(),
             (torch.randn(32, 3, arguments.size, arguments.size), labels),

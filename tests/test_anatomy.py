@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import ZOO
 
 from resect.anatomy import Anatomy, Call, attribute_rule, dissect, rule
 from resect.anatomy.attributes import _RULES
@@ -19,6 +18,7 @@ from resect.anatomy.slicing import apply, masked_weights, named_tensors, skeleto
 from resect.anatomy.slicing import replace as put
 from resect.anatomy.watching import RULES
 from resect.errors import ModelError
+from zoo import ZOO
 
 TOLERANCE = 1e-4
 
@@ -175,7 +175,7 @@ def test_requires_grad_and_dtype_survive_a_cut() -> None:
 
 def test_ignore_and_only() -> None:
     model, example = ZOO["cnn_flatten"]()
-    assert [g.name for g in dissect(model, example, ignore=["4"]).groups] == ["8"]
+    assert [g.name for g in dissect(model, example, ignore=["4"]).groups] == ["0", "8"]
     assert [g.name for g in dissect(model, example, only=["8|10"]).groups] == ["8"]
     assert any(p.reason == "left alone on request" for p in dissect(model, example, ignore=["4"]).pins)
 
@@ -262,7 +262,7 @@ def test_an_unreached_sibling_pins_what_it_may_read() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = torch.relu(self.body(x))
-            return self.out(x + self.experts[int(x.sum() > 1e6)](x))
+            return self.out(x + self.experts[int(len(x) > 5)](x))
 
     anatomy = dissect(Switch().eval(), torch.randn(2, 6))
     assert [g.name for g in anatomy.groups] == ["experts.0.0"]

@@ -229,7 +229,7 @@ def test_unlabelled_data_certify_a_drop_by_agreement():
     certificate = certify(Floor(drop=0.01), None, [small])
     assert certificate.passed
     assert certificate.p_value == pytest.approx(binom.cdf(4, 1000, 0.01))
-    assert "answered like the dense network" in str(certificate)
+    assert "agrees with the dense network on 996 of 1,000 certify examples" in str(certificate)
 
 
 @pytest.mark.parametrize("floor", [Floor(accuracy=0.9), Floor(drop=0.05)], ids=str)
@@ -292,13 +292,13 @@ def test_a_passed_certificate_in_words():
     text = str(certificate)
     for words in (
         "Certified: accuracy at least 95 %, 95 % sure.",
-        "1,920 of 2,000 certify examples answered correctly (96.00%; dense network 98.00%)",
+        "The delivered network answered 1,920 of 2,000 certify examples correctly (96.00 %, the dense network 98.00 %)",
         "Clopper-Pearson",
         "3 of 3 networks",
         "number 3 failed",
         "number 2 is delivered",
         "exchangeable",
-        "draw of the certify examples",
+        "over the draw of the certify examples",
     ):
         assert words in text
     assert certificate.advice == ()
@@ -314,7 +314,10 @@ def test_nothing_passes_is_an_outcome_with_advice():
     assert below.needed is None
     assert "more examples would not help" in str(below)
     above_dense = certify(Floor(accuracy=0.95), share_right(0.94, 400), [share_right(0.9, 400)])
-    assert "dense network itself reaches 94.00% here" in str(above_dense)
+    assert "dense network itself reaches 94.00 % here" in str(above_dense)
+    certain = certify(Floor(accuracy=1.0), share_right(1, 400), [share_right(1, 400)])
+    assert "no number of examples can show 'accuracy at least 100 %'" in str(certain)
+    assert "It was the only network tested, and it failed." in str(certain)
     drop = certify(Floor(drop=0.01), share_right(0.98, 400), [share_right(0.975, 400)])
     assert drop.needed == needed_for_drop(0.005, 0, 0.01)
     rare = judged(np.arange(1000) >= 20, np.arange(1000) % 10 == 3)

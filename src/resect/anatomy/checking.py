@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from resect.anatomy.anatomy import Anatomy, AttributeEdit, Group, Pin
 from resect.anatomy.attributes import Edits, alternatives
@@ -34,26 +33,24 @@ def outputs(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -
     args, kwargs = example
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        result = model(*args, **_without_cache(kwargs))
+        result = model(*args, **kwargs)
     return [t for t in leaves(result) if isinstance(t, Tensor)]
 
 
-def leaves(result: Any) -> list[Any]:
-    """What a forward pass returned, nested in any way, as a flat list; unknown objects are looked into."""
-    flat, _ = tree_flatten(result)
-    found: list[Any] = []
-    for leaf in flat:
-        if isinstance(leaf, Tensor) or leaf is None or isinstance(leaf, (int, float, str, bool)):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping):
-            found += leaves(dict(leaf))
-        elif hasattr(leaf, "__dict__"):
-            found += leaves(list(vars(leaf).values()))
-    return found
+def leaves(result: Any, depth: int = 6) -> list[Any]:
+    """What a forward pass returned, nested in any way, as a flat list, without its caches: those follow their heads."""
+    if isinstance(result, Tensor) or depth == 0:
+        return [result]
+    if isinstance(result, Mapping):
+        return [leaf for key, value in result.items() if key not in _CACHES for leaf in leaves(value, depth - 1)]
+    if isinstance(result, (list, tuple, set)):
+        return [leaf for value in result for leaf in leaves(value, depth - 1)]
+    if hasattr(result, "__dict__") and not isinstance(result, type) and "Cache" not in type(result).__name__:
+        return leaves(vars(result), depth - 1)
+    return []
 
 
-def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(kwargs)
+_CACHES = frozenset({"past_key_values", "cache_params", "mems", "past_buckets_states", "state", "cache"})
 
 
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

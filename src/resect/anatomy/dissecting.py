@@ -37,7 +37,7 @@ def dissect(
     """What can be removed from a network, found by watching one forward pass on `example`.
 
     `example` is a tensor, a tuple of positional inputs or a mapping of keyword inputs. `ignore` and `only` are regular
-    expressions for the names of groups or of the modules whose weights belong to them. With `verify` (not possible on meta
+    expressions for the names of groups or of the modules (or weights) that write their units. With `verify` (not on meta
     tensors) every group is cut once and compared with its masked original; what differs is pinned.
 
     Raises ModelError when the network is in training mode or its forward pass fails.
@@ -117,28 +117,25 @@ def _plain_attention() -> Iterator[None]:
 def _pin_unreached_readers(model: nn.Module, watch: Watch, grouped: Grouped) -> None:
     """Weights that the example did not reach (an expert no token chose) may read what their reached siblings read."""
     unreached = [(n, p) for n, p in model.named_parameters() if n not in watch.touched and p.ndim > 0]
-    patterns = {(_numberless(n), tuple(p.shape)) for n, p in unreached}
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    patterns = {(pattern, shapes[n]) for n, _ in unreached for pattern, _ in _numbered(n)}
     sizes = {size for _, p in unreached for size in p.shape if size > 1}
     for g, found in enumerate(grouped.groups):
         tensors = {s.tensor for s in found.slices}
-        siblings = {t for t in tensors if (_numberless(t), shapes.get(t)) in patterns}
-        inside = _prefix(siblings)
-        outside = any(not t.startswith(inside) for t in tensors) if siblings else False
+        inside = {prefix for t in tensors for pattern, prefix in _numbered(t) if (pattern, shapes.get(t)) in patterns}
+        outside = inside and any(not t.startswith(tuple(inside)) for t in tensors)
         spread = found.kind == "stream" and any(found.units == size for size in sizes)
         if outside or spread:
             labels = np.flatnonzero(grouped.group_of == g)
             watch.book.pin(labels, f"may be read by weights that the example does not reach, such as {unreached[0][0]}")
 
 
-def _numberless(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
-
-
-def _prefix(names: set[str]) -> str:
-    """The numbered container ("experts.3.") that all of `names` are in."""
-    heads = {m[0] if (m := re.match(r".*\.\d+\.", n)) else "" for n in names}
-    return heads.pop() if len(heads) == 1 else "\0"
+def _numbered(name: str) -> Iterator[tuple[str, str]]:
+    """For every number in a name: the name with "#" in its place, and the name up to the number ("experts.3.")."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            yield ".".join([*parts[:i], "#", *parts[i + 1 :]]), ".".join(parts[: i + 1]) + "."
 
 
 def _anatomy(model: nn.Module, inputs: Example, watch: Watch, grouped: Grouped) -> Anatomy:
@@ -194,7 +191,7 @@ def _chosen(anatomy: Anatomy, ignore: Sequence[str], only: Sequence[str]) -> Ana
 
 
 def _matches(found: Group, patterns: Sequence[str]) -> bool:
-    names = {found.name, *(s.module for s in found.slices), *(s.tensor for s in found.slices)}
+    names = {found.name, *(s.module for s in found.writers), *(s.tensor for s in found.writers)}
     return any(re.fullmatch(p, name) for p in patterns for name in names)
 
 

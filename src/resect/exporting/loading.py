@@ -119,19 +119,23 @@ def _factory(directory: Path, record: Mapping[str, Any], make_model: MakeModel |
     if make_model is not None and not isinstance(make_model, str):
         return make_model
     recorded = record["architecture"]
-    if make_model is None:
-        if recorded is None:
-            raise ModelError(f"{directory} does not say how to make its architecture; pass a function that makes it.")
-        if recorded["factory"].partition(":")[0] not in OWN_ARCHITECTURES:
-            raise ModelError(
-                f"{directory} names {recorded['factory']} as its architecture. resect runs no code because a file names it: "
-                f"if you trust that function, name it yourself, as in resect.load({str(directory)!r}, {recorded['factory']!r})."
-            )
-        make_model = recorded["factory"]
-    name: str = make_model
+    name = _own_architecture(directory, recorded) if make_model is None else make_model
     function = named_function(name)
     same = recorded is not None and recorded["factory"] == name
     return lambda: function(**(recorded["arguments"] if same else {}))
+
+
+def _own_architecture(directory: Path, recorded: Mapping[str, Any] | None) -> str:
+    """The recorded architecture, where it is one that resect may call without being asked to."""
+    if recorded is None:
+        raise ModelError(f"{directory} does not say how to make its architecture; pass a function that makes it.")
+    name: str = recorded["factory"]
+    if name.partition(":")[0] not in OWN_ARCHITECTURES:
+        raise ModelError(
+            f"{directory} names {name} as its architecture. resect runs no code because a file names it: if you trust that "
+            f"function, name it yourself, as in resect.load({str(directory)!r}, {name!r}) or --architecture {name}."
+        )
+    return name
 
 
 def _build(make_model: Callable[[], nn.Module]) -> nn.Module:

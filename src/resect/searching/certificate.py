@@ -30,8 +30,8 @@ from resect.searching.floor import Floor
 FEW_EXAMPLES = 100
 FEW_PER_CLASS = 300
 LIMITS = (
-    "It counts over the draw of the certify examples, and holds for data that are exchangeable with them: a deployment that "
-    "sees other data is not covered."
+    "The probability is over the draw of the certify examples. The promise is for data exchangeable with them: a deployment "
+    "that sees other data is not covered."
 )
 
 
@@ -93,14 +93,15 @@ class Certificate:
         return self.correct / self.examples
 
     def __str__(self) -> str:
-        answered = "answered correctly" if self.labelled else "answered like the dense network"
+        which = "The delivered network" if self.passed else "The safest network"
+        counts = f"{self.correct:,} of {self.examples:,} certify examples"
+        told = f"answered {counts} correctly" if self.labelled else f"agrees with the dense network on {counts}"
+        share = "accuracy" if self.labelled else "agreement"
+        dense = "" if self.dense_correct is None else f", the dense network {_percent(self.dense_correct / self.examples)}"
         lines = [
             self.promise,
-            f"{self.correct:,} of {self.examples:,} certify examples {answered} ({self.accuracy:.2%}"
-            + (f"; dense network {self.dense_correct / self.examples:.2%}" if self.dense_correct is not None else "")
-            + f"); p = {self.p_value:.2g}, needed: at most {self.level:.3g}.",
-            f"Taken alone, this network's {'accuracy' if self.labelled else 'agreement'} is at least {self.lower_bound:.2%} "
-            f"(Clopper-Pearson, {_sure(self.delta)} sure).",
+            f"{which} {told} ({_percent(self.accuracy)}{dense}); p = {self.p_value:.2g}, and at most {self.level:.3g} passes.",
+            f"Taken alone, its {share} is at least {_percent(self.lower_bound)} (Clopper-Pearson, {_sure(self.delta)} sure).",
             _walk_in_words(self),
             LIMITS,
         ]
@@ -343,6 +344,9 @@ def _warnings(shown: Evaluation) -> tuple[str, ...]:
 
 def _help(floors: tuple[Floor, ...], dense: Evaluation | None, shown: Evaluation, needed: int | None) -> tuple[str, ...]:
     """What else would help when nothing passed."""
+    certain = next((floor for floor in floors if floor.accuracy == 1), None)
+    if certain is not None:
+        return (f"no number of examples can show '{certain}'; promise a little less, as in Floor(accuracy=0.999).",)
     if needed is not None:
         return (
             f"at the rate observed, about {needed:,} certify examples would be needed (there were {shown.examples:,}); "
@@ -352,7 +356,7 @@ def _help(floors: tuple[Floor, ...], dense: Evaluation | None, shown: Evaluation
     if broken is not None and dense is not None:
         accuracy = _on_class(broken, dense).accuracy
         return (
-            f"the dense network itself reaches {accuracy:.2%} here, below '{broken}'; "
+            f"the dense network itself reaches {_percent(accuracy)} here, below '{broken}'; "
             "lower the floor, or write Floor(drop=0.01).",
         )
     return (
@@ -365,15 +369,19 @@ def _sure(delta: float) -> str:
     return f"{(1 - delta) * 100:.4g} %"
 
 
+def _percent(share: float) -> str:
+    return f"{share * 100:.2f} %"
+
+
 def _walk_in_words(certificate: Certificate) -> str:
-    tested, frozen = len(certificate.walked), certificate.frozen
-    networks = "network" if frozen == 1 else "networks"
+    tested, frozen, last = len(certificate.walked), certificate.frozen, certificate.walked[-1]
+    if frozen == 1:
+        return f"It was the only network tested, and it {'passed' if last.passed else 'failed'}."
     text = (
-        f"{tested} of {frozen} {networks} frozen before the certify split was opened {'was' if tested == 1 else 'were'} tested"
+        f"{tested} of {frozen} networks, frozen before the certify split was opened, {'was' if tested == 1 else 'were'} tested"
     )
-    last = certificate.walked[-1]
     if certificate.delivered is None:
-        return f"{text}; the first failed."
+        return f"{text}: the first failed."
     if last.passed:
-        return f"{text}; all passed, number {certificate.delivered + 1} is delivered."
-    return f"{text}; number {last.number + 1} failed (p = {last.p_value:.2g}), number {certificate.delivered + 1} is delivered."
+        return f"{text}: all passed, and number {certificate.delivered + 1}, the leanest, is delivered."
+    return f"{text}: number {last.number + 1} failed (p = {last.p_value:.2g}), number {certificate.delivered + 1} is delivered."

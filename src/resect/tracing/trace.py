@@ -16,7 +16,7 @@ from resect.anatomy import Anatomy, Group, Slices
 from resect.batches import Batch, device_of, forward, unpack
 from resect.errors import DataError, ModelError
 from resect.tracing.observing import Reader, Reading, observing, survey
-from resect.tracing.sums import Adder, Sums, by_example
+from resect.tracing.sums import Adder, Statistics, Sums, by_example
 
 HELD_OUT_EVERY = 5
 
@@ -235,11 +235,12 @@ class _Pass:
         labels = self._labels(batch).to(device)
         held = (torch.arange(batch.size, device=device) + self.seen) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         readings: list[Reading] = []
+        known: dict[int, Statistics] = {}
 
         def add(reading: Reading) -> None:
             adder = self.adders[reading.reader.tensor]
             with torch.no_grad():
-                adder.add(reading, labels, held, batch.mask)
+                adder.add(reading, labels, held, batch.mask, known)
             if not torch.isfinite(adder.sums["total"]).all():
                 raise ModelError(f"values read by {reading.reader.tensor} are not finite (NaN or inf); check the data and weights")
             if self.gradients:

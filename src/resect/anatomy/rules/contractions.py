@@ -54,14 +54,14 @@ def baddbmm(call: Call) -> Followed:
 
 @rule("aten::mv")
 def mv(call: Call) -> Followed:
-    """(m, k) @ (k)."""
-    return multiply(call, call.marks("self"), call.marks("vec"), Product(a="mk", b="k", out="m"))
+    """(m, k) @ (k); products of vectors are not counted, as torch's own counter has it."""
+    return contract(call.book, call.marks("self"), call.marks("vec"), Product(a="mk", b="k", out="m"))
 
 
 @rule("aten::addmv")
 def addmv(call: Call) -> Followed:
     """bias + (m, k) @ (k)."""
-    out = multiply(call, call.marks("mat"), call.marks("vec"), Product(a="mk", b="k", out="m"))
+    out = contract(call.book, call.marks("mat"), call.marks("vec"), Product(a="mk", b="k", out="m"))
     return meet(call.book, out, call.marks("self"))
 
 
@@ -69,7 +69,7 @@ def addmv(call: Call) -> Followed:
 def dot(call: Call) -> Followed:
     """(k) @ (k)."""
     other = "tensor" if call.get("tensor") is not None else "other"
-    return multiply(call, call.marks("self"), call.marks(other), Product(a="k", b="k", out=""))
+    return contract(call.book, call.marks("self"), call.marks(other), Product(a="k", b="k", out=""))
 
 
 @rule("aten::linear", "aten::mkldnn_linear")

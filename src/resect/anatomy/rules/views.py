@@ -386,3 +386,15 @@ def filled(call: Call) -> Followed:
 def made(call: Call) -> Followed:
     """A new tensor of a given width."""
     return Marks(shape=call.shape)
+
+
+@rule("aten::as_strided", "aten::as_strided_copy")
+def as_strided(call: Call) -> Followed:
+    """Followed where only the memory is described anew (same shape, every element once), else pinned."""
+    x = call.marks("self")
+    strides = [step for size, step in zip(call.shape, call["stride"]) if size > 1]
+    if x.shape == call.shape and 0 not in strides and len(set(strides)) == len(strides):
+        return replace(x, name=None)
+    for p in x.planes:
+        call.book.pin(p, "is read through a literal memory layout")
+    return None
