@@ -1,6 +1,6 @@
 """How often a certified floor is broken, and what the certificate costs: 500 redraws of the splits on real pruned networks.
 
-    python benchmarks/certificate.py --data FOLDER        # MNIST; default: $RESECT_DATA/mnist
+    python benchmarks/certificate.py --data FOLDER        # MNIST; default: $RESECT_DATA/mnist; half an hour on one core
 
 A 784-512-256-10 network is trained on 30,000 digits, and several hundred pruned and repaired versions of it are judged once
 on the other 40,000: the pool. Every draw then takes a search and a certify split of n digits each from the pool, without
@@ -22,17 +22,15 @@ their dependence on the splits taken out of the same pool) then counts as well.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import binomtest
 
+from publish import data_folder, publish, table
 from resect import Floor, Plan, cut, dissect, evaluate, repair, score, trace
 from resect.evaluation import Evaluation
 from resect.searching.certificate import walk
@@ -43,7 +41,6 @@ from resect.sources.demo import mlp, train
 from resect.sources.huggingface import load_images
 from resect.sources.splits import ArrayData, shuffled
 
-RESULTS = Path(__file__).parent / "results"
 TRAINED_ON = 30_000
 WIDTHS = (784, 512, 256, 10)
 FLOORS = (Floor(accuracy=0.92), Floor(accuracy=0.95), Floor(accuracy=0.96), Floor(drop=0.01), Floor(drop=0.02))
@@ -266,79 +263,73 @@ def _evaluation(correct: np.ndarray) -> Evaluation:
     return Evaluation(correct=correct, labels=labels, predictions=np.where(correct, labels, 1))
 
 
-def table(rows: list[dict[str, Any]], raced: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+def report(rows: list[dict[str, Any]], raced: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """The rows as Markdown: how often floors are broken, what the delivered networks cost, and how long races take."""
     cases: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
         cases.setdefault((row["floor"], row["n"]), {})[row["rule"]] = row
-    lines = [
-        "# Certificate against naive rules",
-        "",
-        f"{settings['candidates']} pruned versions of a {settings['network']} network on MNIST (seed {settings['seed']}), "
-        f"dense accuracy {settings['dense_accuracy']:.2%} on the pool of {settings['pool']:,} digits; "
-        f"{settings['draws']} redraws per row; delta .05. What the columns mean is in `benchmarks/certificate.py`, which wrote "
-        "this file.",
-        "",
-        "## Share of draws in which the delivered network breaks the floor",
-        "",
-        "| floor | n | certificate | 95 % interval | on the rest | naive | bound each | nothing passed |",
-        "|---|---|---|---|---|---|---|---|",
-        *(_broken(floor, n, found) for (floor, n), found in cases.items()),
-        "",
-        "## Share of MACs kept (mean ± standard deviation over draws, 1 where nothing passed)",
-        "",
-        "| floor | n | certificate | one guess | every rung | flattered | naive | oracle |",
-        "|---|---|---|---|---|---|---|---|",
-        *(_kept(floor, n, found) for (floor, n), found in cases.items()),
-        "",
-        "## Races on the search split (level .001, a look every 100 digits; all networks, 5 redraws)",
-        "",
-        "| floor | n | races | share of the split seen, mean | median | contradicted by the whole split |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {r['floor']} | {r['n']:,} | {r['races']:,} | {r['used']:.3f} | {r['median']:.3f} | {r['contradicted']} |"
-            for r in raced
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(
+        [
+            "# Certificate against naive rules",
+            "",
+            f"{settings['candidates']} pruned versions of a {settings['network']} network on MNIST (seed {settings['seed']}), "
+            f"dense accuracy {settings['dense_accuracy']:.2%} on the pool of {settings['pool']:,} digits; "
+            f"{settings['draws']} redraws per row; delta .05. `benchmarks/certificate.py`, which wrote this file, says what "
+            "the columns mean.",
+            "",
+            "## Share of draws in which the delivered network breaks the floor",
+            "",
+            table(
+                ("floor", "n", "certificate", "95 % interval", "on the rest", "naive", "bound each", "nothing passed"),
+                [_broken(floor, n, found) for (floor, n), found in cases.items()],
+            ),
+            "",
+            "## Share of MACs kept (mean ± standard deviation over draws, 1 where nothing passed)",
+            "",
+            table(
+                ("floor", "n", "certificate", "one guess", "every rung", "flattered", "naive", "oracle"),
+                [_kept(floor, n, found) for (floor, n), found in cases.items()],
+            ),
+            "",
+            "## Races on the search split (level .001, a look every 100 digits; all networks, 5 redraws)",
+            "",
+            table(
+                ("floor", "n", "races", "share of the split seen, mean", "median", "contradicted by the whole split"),
+                [
+                    (r["floor"], f"{r['n']:,}", r["races"], f"{r['used']:.3f}", f"{r['median']:.3f}", r["contradicted"])
+                    for r in raced
+                ],
+            ),
+        ]
+    )
 
 
-def _broken(floor: str, n: int, found: dict[str, dict[str, Any]]) -> str:
+def _broken(floor: str, n: int, found: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     main = found["certificate"]
     low, high = main["broken_interval"]
     each = f"{found['bound each']['broken']:.1%}" if "bound each" in found else "-"
-    return (
-        f"| {floor} | {n:,} | **{main['broken']:.1%}** | {low:.1%} - {high:.1%} | {main['broken_on_the_rest']:.1%} "
-        f"| {found['naive']['broken']:.1%} | {each} | {main['nothing_delivered']:.1%} |"
-    )
+    naive_share, nothing = found["naive"]["broken"], main["nothing_delivered"]
+    interval, rest = f"{low:.1%} - {high:.1%}", f"{main['broken_on_the_rest']:.1%}"
+    return floor, f"{n:,}", f"**{main['broken']:.1%}**", interval, rest, f"{naive_share:.1%}", each, f"{nothing:.1%}"
 
 
-def _kept(floor: str, n: int, found: dict[str, dict[str, Any]]) -> str:
+def _kept(floor: str, n: int, found: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     main = found["certificate"]
-    others = " | ".join(f"{found[rule]['macs_kept']:.3f}" for rule in ("one guess", "every rung", "flattered", "naive"))
-    return (
-        f"| {floor} | {n:,} | **{main['macs_kept']:.3f}** ± {main['macs_spread']:.3f} | {others} | {main['oracle_macs']:.3f} |"
-    )
+    others = [f"{found[rule]['macs_kept']:.3f}" for rule in ("one guess", "every rung", "flattered", "naive")]
+    return floor, f"{n:,}", f"**{main['macs_kept']:.3f}** ± {main['macs_spread']:.3f}", *others, f"{main['oracle_macs']:.3f}"
 
 
 def main() -> None:
-    default = os.environ.get("RESECT_DATA")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", default=None if default is None else str(Path(default) / "mnist"), help="MNIST folder or hub id"
-    )
+    parser.add_argument("--data", help="MNIST folder or hub id; default: $RESECT_DATA/mnist")
     parser.add_argument("--candidates", type=int, default=800)
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.data is None:
-        parser.error("give --data FOLDER, or set RESECT_DATA to the folder that holds mnist/")
-    first, second, _ = load_images(options.data)
+    first, second, _ = load_images(data_folder("mnist", options.data))
     parts = [part for part in (first, second) if part is not None]
-    digits = ArrayData(
-        inputs=torch.cat([p.inputs for p in parts]), labels=torch.cat([p.labels for p in parts]), batch_size=2000
-    )
+    inputs, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels"))
+    digits = ArrayData(inputs=inputs, labels=labels, batch_size=2000)
     pool = candidates(digits, count=options.candidates, seed=options.seed)
     settings = {
         "network": "-".join(map(str, WIDTHS)),
@@ -347,18 +338,9 @@ def main() -> None:
         "dense_accuracy": float(pool.dense.mean()),
         "draws": options.draws,
         "seed": options.seed,
-        "torch": torch.__version__,
     }
     rows, raced = study(pool, draws=options.draws), races(pool)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("certificate.json", json.dumps({"settings": settings, "rows": rows, "races": raced}, indent=1) + "\n"),
-        ("certificate.md", table(rows, raced, settings)),
-    ):
-        temporary = options.out / f".{name}.partial"
-        temporary.write_text(text)
-        temporary.replace(options.out / name)
-    print(table(rows, raced, settings))
+    publish("certificate", {"settings": settings, "rows": rows, "races": raced}, report(rows, raced, settings))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from publish import data_folder, publish, spread, table
 from torch import nn
 
+from publish import data_folder, publish, spread, table
 from resect import Plan, cut, dissect, evaluate, repair, repair_sequentially, score, trace
 from resect.scoring import SCORERS, Scores
 from resect.searching.allocation import Curves, Knapsack, measure
@@ -45,15 +45,24 @@ def plans_of(scores: Scores, method: str) -> list[Plan]:
     return [next((plan for plan in plans if plan.share <= 1 - removed + 0.002), plans[-1]) for removed in REMOVED]
 
 
-def path(model: nn.Module, scores: Scores, plans: list[Plan], method: str, splits: Splits, calib: list[Any]) -> list[dict[str, Any]]:
+def path(
+    model: nn.Module, scores: Scores, plans: list[Plan], method: str, splits: Splits, calib: list[Any]
+) -> list[dict[str, Any]]:
     """Test accuracy along the path of one scorer and one repair."""
     points = []
     for plan in plans:
-        small = cut(model, plan, weights=repair(scores.trace, plan, "least_squares" if method == "sequential" else method).weights)
+        small = cut(
+            model, plan, weights=repair(scores.trace, plan, "least_squares" if method == "sequential" else method).weights
+        )
         if method == "sequential":
             small, _ = repair_sequentially(model, small, plan, scores.trace.readers, calib)
         points.append(
-            {"removed": 1 - plan.share, "kept": plan.kept, "test": evaluate(small, splits.test).accuracy, "cost": plan.cost().macs}
+            {
+                "removed": 1 - plan.share,
+                "kept": plan.kept,
+                "test": evaluate(small, splits.test).accuracy,
+                "cost": plan.cost().macs,
+            }
         )
     return points
 
@@ -102,16 +111,25 @@ def report(seeds: list[dict[str, Any]], names: list[str]) -> str:
             at80 = [s["dense"] - next(p for p in s["paths"][key] if p["removed"] >= 0.798)["test"] for s in seeds]
             at90 = [s["dense"] - next(p for p in s["paths"][key] if p["removed"] >= 0.898)["test"] for s in seeds]
             rows.append([name, method, *cells, spread(at80, 2, 100), spread(at90, 2, 100)])
-    columns = ["scorer", "repair", *(f"removed at ≤ {100 * loss:.1f} pt, %" for loss in LOSSES), "loss at 80 %, pt", "loss at 90 %, pt"]
+    columns = [
+        "scorer",
+        "repair",
+        *(f"removed at ≤ {100 * loss:.1f} pt, %" for loss in LOSSES),
+        "loss at 80 %, pt",
+        "loss at 90 %, pt",
+    ]
     dense = spread([s["dense"] for s in seeds], 2, 100)
     text = [
         "# MNIST 784-512-256-10: hidden neurons removed without a gradient step\n",
-        f"{len(seeds)} seeds (network and scorer), mean ± standard deviation. Dense test accuracy {dense} %. Made by benchmarks/mnist.py.\n",
+        f"{len(seeds)} seeds (network and scorer), mean ± standard deviation. Dense test accuracy {dense} %.",
+        "Made by benchmarks/mnist.py.\n",
         table(columns, rows),
     ]
     if all("scratch" in s for s in seeds):
         loss = spread([s["dense"] - s["scratch"]["test"] for s in seeds], 2, 100)
-        text.append(f"\nTrained from scratch at the widths of reconstruction's 80 % point, same recipe: {loss} points below the dense network.")
+        text.append(
+            f"\nTrained from scratch at the widths of reconstruction's 80 % point, same recipe: {loss} points below dense."
+        )
     return "\n".join(text)
 
 

@@ -1,4 +1,4 @@
-"""Networks the benchmarks run on: an ImageNet-style ResNet-18, and the CIFAR-10 ResNets whose trained weights are in $RESECT_WEIGHTS."""
+"""Networks the benchmarks run on: an ImageNet-style ResNet-18, and CIFAR-10 ResNets with weights from $RESECT_WEIGHTS."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def publish(name: str, figures: dict[str, Any], text: str) -> None:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps({"made_with": made, **figures}, indent=1, default=float) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps({"made_with": made, **figures}, indent=1, default=float) + "\n", encoding="utf-8"
+    )
     (RESULTS / f"{name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
 
 

@@ -14,14 +14,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+
 from networks import ResNet18
 from publish import publish, table
-
 from resect import dissect
-from resect.tracing.trace import _Pass
-from resect.tracing import survey
 from resect.batches import unpack
 from resect.sources.demo import mlp
+from resect.tracing import survey
+from resect.tracing.trace import _Pass
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
@@ -64,16 +64,24 @@ def main() -> None:
             (torch.randn(32, 3, arguments.size, arguments.size), labels),
         ),
         "MLP 784-512-256-10, batch 32": (mlp((784, 512, 256, 10)).eval(), (torch.rand(32, 784), labels)),
-        "MLP 784-512-256-10, batch 512": (mlp((784, 512, 256, 10)).eval(), (torch.rand(512, 784), torch.randint(0, 10, (512,)))),
+        "MLP 784-512-256-10, batch 512": (
+            mlp((784, 512, 256, 10)).eval(),
+            (torch.rand(512, 784), torch.randint(0, 10, (512,))),
+        ),
     }
     figures, rows = {}, []
     for name, (model, batch) in cases.items():
         measured = ratios(model, batch, arguments.rounds if "ResNet" in name else 20 * arguments.rounds)
-        figures[name] = {key: {"median": np.median(v), "min": min(v), "max": max(v), "rounds": len(v)} for key, v in measured.items()}
+        figures[name] = {
+            key: {"median": np.median(v), "min": min(v), "max": max(v), "rounds": len(v)} for key, v in measured.items()
+        }
         rows += [[name, key, *(f"{np.percentile(v, q):.2f}" for q in (50, 10, 90))] for key, v in measured.items()]
-    text = "# Cost of tracing\n\nCPU time of a traced pass over that of the bare forward pass; made by benchmarks/trace_cost.py.\n\n"
-    publish("trace_cost", {"cases": figures}, text + table(["network", "trace", "median ratio", "10 %", "90 %"], rows))
-    print(text + table(["network", "trace", "median ratio", "10 %", "90 %"], rows))
+    head = (
+        "# Cost of tracing\n\nCPU time of a traced pass over that of the bare forward pass; made by benchmarks/trace_cost.py.\n"
+    )
+    text = head + "\n" + table(["network", "trace", "median ratio", "10 %", "90 %"], rows)
+    publish("trace_cost", {"cases": figures}, text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,13 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     ]
     gradients = [parameter.grad is None for parameter in model.parameters()]
-    return state_digest(model), [m.training for m in model.modules()], hooks, gradients, [p.requires_grad for p in model.parameters()]
+    return (
+        state_digest(model),
+        [m.training for m in model.modules()],
+        hooks,
+        gradients,
+        [p.requires_grad for p in model.parameters()],
+    )
 
 
 def law_1_keeping_all_changes_no_bit(model: nn.Module, anatomy: Anatomy) -> None:
@@ -143,7 +149,9 @@ def law_5_permuted_units_have_permuted_scores(
         for group in anatomy.groups:
             expected = a.values[group.name][orders[group.name]]
             scale = np.abs(expected).max() + 1e-12
-            np.testing.assert_allclose(b.values[group.name], expected, rtol=5e-3, atol=5e-3 * scale, err_msg=f"{name} {group.name}")
+            np.testing.assert_allclose(
+                b.values[group.name], expected, rtol=5e-3, atol=5e-3 * scale, err_msg=f"{name} {group.name}"
+            )
 
 
 def law_8_predicted_cost_is_counted_cost(model: nn.Module, anatomy: Anatomy) -> None:

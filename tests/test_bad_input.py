@@ -95,7 +95,7 @@ def test_tuple_and_dict_outputs_are_understood(form: str) -> None:
 
 
 def test_an_output_without_a_tensor() -> None:
-    with pytest.raises(ModelError, match="text|str|tensor"):
+    with pytest.raises(ModelError, match="returned a str"):
         resect.prune(Wrapped("text").eval(), DATA, DATA, floor=GOAL)
 
 
@@ -148,7 +148,9 @@ def test_a_plan_for_another_architecture() -> None:
 
 
 def test_weights_shared_between_modules_are_cut_together() -> None:
-    shared = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    shared = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    ).eval()
     shared[4].weight = shared[2].weight
     found = resect.prune(shared, DATA, answered(shared), floor=Floor(drop=0.3), repair="none")
     assert found.model[2].weight is found.model[4].weight

@@ -44,7 +44,7 @@ def test_every_example_is_judged_in_order():
     assert (found.accuracy, found.examples, found.right) == (0.6, 5, 3)
     assert found.per_class == {0: 0.5, 1: 0.5, 2: 1.0}
     assert found.counts == {0: 2, 1: 2, 2: 1}
-    assert str(found) == "60.00% right (3 of 5 examples)"
+    assert str(found) == "60.00 % right (3 of 5 examples)"
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,12 @@ def test_one_threshold_for_all_groups(wide) -> None:
 def test_the_race_never_judges_more_than_it_needs(wide) -> None:
     model, scores = wide
     judge = Judge(
-        model=model, trace=scores.trace, data=blobs(4000, seed=3), floor=Floor(accuracy=0.3), method="least_squares", evaluations=5
+        model=model,
+        trace=scores.trace,
+        data=blobs(4000, seed=3),
+        floor=Floor(accuracy=0.3),
+        method="least_squares",
+        evaluations=5,
     )
     trial = judge.judge(uniform(scores, 0.5), "uniform")
     assert trial.stopped

@@ -58,7 +58,9 @@ def test_units_without_a_rectifier_fire_above_a_tenth_of_their_rms() -> None:
 
 def test_convolution_readers_are_solved_on_their_patches() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3, stride=2, padding=1, dilation=1), nn.Flatten()).eval()
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3, stride=2, padding=1, dilation=1), nn.Flatten()
+    ).eval()
     x = torch.randn(6, 2, 9, 9)
     anatomy = resect.dissect(model, x[:2])
     trace = resect.trace(model, [x], anatomy, gram_positions=1000)
@@ -151,7 +153,12 @@ def test_weights_used_by_functions_are_observed_like_those_of_modules() -> None:
 
 def test_a_reader_without_bias_folds_its_constant_into_the_batch_norm_behind_it() -> None:
     model = nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Flatten()
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 3, bias=False),
+        nn.BatchNorm2d(2),
+        nn.Flatten(),
     ).eval()
     reader = survey(model, resect.dissect(model, torch.randn(2, 1, 8, 8)))["3.weight"]
     assert (reader.offset, reader.sign) == ("4.running_mean", -1)

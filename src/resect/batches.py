@@ -90,9 +90,7 @@ def _checked_labels(labels: torch.Tensor | None, size: int, where: str) -> torch
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer (cpu for a network without any)."""
-    first = next(model.parameters(), None)
-    first = next(model.buffers(), None) if first is None else first
-    return torch.device("cpu") if first is None else first.device
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def forward(model: nn.Module, batch: Batch, *, device: torch.device | None = None) -> torch.Tensor:

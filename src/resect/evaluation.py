@@ -90,7 +90,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         word = "right" if self.labelled else "in agreement"
-        return f"{self.accuracy:.2%} {word} ({self.right:,} of {self.examples:,} examples)"
+        return f"{self.accuracy * 100:.2f} % {word} ({self.right:,} of {self.examples:,} examples)"
 
 
 def evaluate(model: nn.Module, data: Iterable[Any], *, against: np.ndarray | None = None, quiet: bool = True) -> Evaluation:
@@ -101,6 +101,10 @@ def evaluate(model: nn.Module, data: Iterable[Any], *, against: np.ndarray | Non
 
     Raises DataError for empty data, missing labels and labels out of range, and ModelError for a network in training mode,
     outputs that are NaN or infinite, and outputs that are not one row of logits per example.
+
+    >>> model = nn.Softmax(dim=1).eval()
+    >>> print(evaluate(model, [(torch.eye(3), torch.tensor([0, 1, 1]))]))
+    66.67 % right (2 of 3 examples)
     """
     predictions, labels, seen = [], [], 0
     for number, batch, logits in outputs(model, data, quiet=quiet):

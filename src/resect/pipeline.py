@@ -94,13 +94,12 @@ def _recorder(path: Path) -> Callable[[Trial], None]:
     try:
         path.write_text("", encoding="utf-8")
     except OSError as error:
-        raise FileError(f"cannot write trials to {path}: {error.strerror}; name a file in a directory you may write to") from None
+        raise FileError(
+            f"cannot write trials to {path}: {error.strerror}; name a file in a directory you may write to"
+        ) from None
 
     def record(trial: Trial) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(trial.to_dict()) + "\n")
 
     return record
-
-
-

@@ -55,7 +55,9 @@ class Plan:
         for name in self.keep:
             if name not in groups:
                 near = difflib.get_close_matches(name, groups, 1)
-                raise PlanError(f"the plan names group {name!r}, which this network lacks{f'; nearest: {near[0]!r}' if near else ''}")
+                raise PlanError(
+                    f"the plan names group {name!r}, which this network lacks{f'; nearest: {near[0]!r}' if near else ''}"
+                )
         missing = [name for name in groups if name not in self.keep]
         if missing:
             raise PlanError(f"the plan says nothing of group {missing[0]!r}; give a mask of {groups[missing[0]].units} for it")
@@ -76,7 +78,7 @@ class Plan:
         return cls.top(anatomy, scores, {group.name: round((1 - ratio) * group.units) for group in anatomy.groups})
 
     @classmethod
-    def top(cls, anatomy: Anatomy, scores: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> Plan:
+    def top(cls, anatomy: Anatomy, scores: Mapping[str, np.ndarray], counts: Mapping[str, float]) -> Plan:
         """Keep the `counts` best units of every group (all where a group is not named); counts go up to the next valid one."""
         keep = {}
         for group in anatomy.groups:
@@ -138,7 +140,8 @@ def check_mask(group: Group, mask: np.ndarray) -> None:
         raise PlanError(f"the plan removes every unit of {where}; keep at least one")
     kept = np.bincount(group.parts, weights=mask, minlength=int(group.parts.max()) + 1)
     if kept.min() != kept.max():
-        raise PlanError(f"{where} must keep equally many units of each of its {len(kept)} parts; this plan keeps {kept.astype(int).tolist()}")
+        counts = kept.astype(int).tolist()
+        raise PlanError(f"{where} must keep equally many units of each of its {len(kept)} parts; this plan keeps {counts}")
     if int(mask.sum()) % group.multiple_of:
         raise PlanError(f"{where} must keep a multiple of {group.multiple_of} units; this plan keeps {int(mask.sum())}")
 
@@ -177,7 +180,9 @@ class _Counter:
             for part in group.slices:
                 self.axes.setdefault((part.tensor, part.axis), []).append((group.name, part.index.shape[1], part.blocks))
         self.touched = {tensor for tensor, _ in self.axes}
-        self.widths = {name: torch.empty((), dtype=getattr(torch, dtype)).element_size() for name, dtype in anatomy.dtypes.items()}
+        self.widths = {
+            name: torch.empty((), dtype=getattr(torch, dtype)).element_size() for name, dtype in anatomy.dtypes.items()
+        }
 
     def count(self, kept: Mapping[str, int]) -> Cost:
         elements = dict(self.dense)

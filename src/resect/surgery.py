@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,15 +77,15 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """
     check_fits(model, plan)
     replaced = slicing.masked_weights(model, plan.anatomy, plan.keep)
-    original: list[tuple[dict, str, Tensor | None]] = []
+    original: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, tensor in replaced.items():
             for alias in (name, *plan.anatomy.aliases.get(name, ())):
                 path, _, leaf = alias.rpartition(".")
                 module = model.get_submodule(path)
-                owner = module._parameters if leaf in module._parameters else module._buffers
+                owner: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
                 original.append((owner, leaf, owner[leaf]))
-                owner[leaf] = nn.Parameter(tensor, requires_grad=False) if owner is module._parameters else tensor
+                owner[leaf] = nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor
         yield model
     finally:
         for owner, leaf, tensor in reversed(original):

@@ -45,7 +45,7 @@ def check_cut(model: nn.Module, example: Any, *, anatomy: Anatomy | None = None,
 
 
 def check_scorer(function: Callable[[Evidence], np.ndarray], *, seed: int = 0) -> bool:
-    """True when a scorer keeps the laws: right shape, finite, pure, the same for the same evidence, and permutation equivariant.
+    """True when a scorer keeps the laws: right shape, finite, pure, repeatable, and permutation equivariant.
 
     Raises ScoreError that names the law that is broken. Scorers that draw at random are not equivariant and do not pass.
     """

@@ -164,6 +164,7 @@ class _Side:
     heads: list[Plane]
     summed: list[Plane]
     free: list[Plane]
+    headed: list[Plane]
 
     def at(self, letter: str) -> int:
         return self.letters.index(letter)
@@ -174,6 +175,7 @@ def contract(book: Book, a: Marks, b: Marks, spec: Product) -> Marks:
     left, right = _side(book, a, spec.a, spec), _side(book, b, spec.b, spec)
     _roles(book, left, right, spec)
     _meet_heads(book, left, right, spec)
+    _rows_of_heads(book, left, right, spec)
     for letter in spec.summed:
         _sum(book, left, right, letter)
     planes = _carried(left, spec) + _carried(right, spec)
@@ -187,7 +189,7 @@ def contract(book: Book, a: Marks, b: Marks, spec: Product) -> Marks:
 
 
 def _side(book: Book, marks: Marks, letters: str, spec: Product) -> _Side:
-    heads, summed, free = [], [], []
+    heads, summed, free, headed = [], [], [], list[Plane]()
     for p in marks.planes:
         on = {letters[i] for i in axes(p)}
         batch = [i for i in axes(p) if letters[i] in spec.batch]
@@ -195,10 +197,16 @@ def _side(book: Book, marks: Marks, letters: str, spec: Product) -> _Side:
             book.tie_along(p, (i for i in axes(p) if i not in batch))
             heads.append(p)
         elif on & set(spec.summed):
-            summed.append(p)
+            (headed if _rows_are_heads(p, letters, spec) else summed).append(p)
         else:
             free.append(p)
-    return _Side(marks=marks, letters=letters, heads=heads, summed=summed, free=free)
+    return _Side(marks=marks, letters=letters, heads=heads, summed=summed, free=free, headed=headed)
+
+
+def _rows_are_heads(p: Plane, letters: str, spec: Product) -> bool:
+    """Heads folded into the rows of a product: the labels vary on free axes, and there more coarsely than on the summed."""
+    rows = {i for i in axes(p) if letters[i] not in spec.summed}
+    return bool(rows) and _outermost(p, rows)
 
 
 def _roles(book: Book, left: _Side, right: _Side, spec: Product) -> None:
@@ -253,6 +261,18 @@ def _batch_plane(p: Plane, side: _Side, spec: Product) -> Plane:
     return p.reshape([p.shape[i] for i in order])
 
 
+def _rows_of_heads(book: Book, left: _Side, right: _Side, spec: Product) -> None:
+    """Heads in the rows stay whole; what the other side has in one width for all of them stays."""
+    for side, other in ((left, right), (right, left)):
+        for p in side.headed:
+            book.tie_along(p, (i for i in axes(p) if side.letters[i] in spec.summed))
+        if side.headed:
+            for q in (*other.summed, *other.headed):
+                book.pin(q, BROADCAST)
+            other.summed.clear()
+            other.headed.clear()
+
+
 def _sum(book: Book, left: _Side, right: _Side, letter: str) -> None:
     """Tie the labels of one contracted axis; pin those that have no partner."""
     ours = [(p, left.at(letter)) for p in left.summed if p.shape[left.at(letter)] > 1]
@@ -275,7 +295,7 @@ def _sum(book: Book, left: _Side, right: _Side, letter: str) -> None:
 
 def _carried(side: _Side, spec: Product) -> list[Plane]:
     planes = []
-    for p in (*side.heads, *side.free):
+    for p in (*side.heads, *side.free, *side.headed):
         p = drop(p, (i for i, c in enumerate(side.letters) if c not in spec.out))
         shape = [p.shape[side.at(c)] if c in side.letters else 1 for c in spec.out]
         kept = [i for c in spec.out if c in side.letters for i in [side.at(c)]]

@@ -146,9 +146,14 @@ def candidates(model: nn.Module, group: Group) -> list[AttributeEdit]:
 
 
 def _around(model: nn.Module, group: Group) -> list[str]:
-    """The modules that own a group's weights and those above them, innermost first, up to the one they have in common."""
+    """The modules that own a group's weights and those above them, innermost first, up to the one they have in common.
+
+    A stream runs through modules without weights as well: all below the common one.
+    """
     paths = [owner(model, p.tensor)[0] for p in group.slices]
     common = _shared(paths)
+    if group.kind == "stream":
+        return [f"{common}.{name}".strip(".") for name, _ in model.get_submodule(common).named_modules()]
     inside: dict[str, None] = {}
     for path in paths:
         while path and path != common:

@@ -161,7 +161,7 @@ class _Resolution:
             unit_of[members] = np.arange(len(members))
         parts = [np.zeros((len(members), 1), np.int64) for members in groups]
         unequal: dict[int, int] = {}
-        for number, (labels, cells, _) in enumerate(self.book.partitions):
+        for number, (labels, cells, _, strict) in enumerate(self.book.partitions):
             known = labels >= 0
             classes, where = self.of[labels[known]], np.unique(cells[known], return_inverse=True)[1]
             for g in np.unique(group_of_class[classes]):
@@ -172,7 +172,7 @@ class _Resolution:
                 np.add.at(table, (unit_of[classes[mine]], where[mine]), 1)
                 cell = _cells(table)
                 if cell is None:
-                    unequal[int(g)] = number
+                    unequal.update({int(g): number} if strict else {})
                 else:
                     parts[g] = np.concatenate([parts[g], cell[:, None]], 1)
         done = []

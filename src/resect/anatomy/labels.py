@@ -147,7 +147,7 @@ class Book:
         self.streams: list[np.ndarray] = []
         self.heads: list[np.ndarray] = []
         self.experts: list[np.ndarray] = []
-        self.partitions: list[tuple[np.ndarray, np.ndarray, Where]] = []
+        self.partitions: list[tuple[np.ndarray, np.ndarray, Where, bool]] = []
         self.folds: dict[bytes, tuple[np.ndarray, Where]] = {}
         self._blocked: dict[tuple[str, int], Axis] = {}
         self._clock = 0
@@ -207,10 +207,13 @@ class Book:
         """The units of `labels` are neurons inside experts."""
         self.experts.append(labels.numpy().ravel())
 
-    def partition(self, labels: Tensor, parts: Tensor) -> None:
-        """Equally many positions must stay in every part (both arrays broadcast against each other)."""
+    def partition(self, labels: Tensor, parts: Tensor, *, strict: bool = True) -> None:
+        """Equally many positions must stay in every part (both arrays broadcast against each other).
+
+        Not strict: only where that works out; the bounds of a slice may as well be attributes that follow their widths.
+        """
         a, b = torch.broadcast_tensors(labels, parts)
-        self.partitions.append((a.numpy().ravel(), b.numpy().ravel(), self.here()))
+        self.partitions.append((a.numpy().ravel(), b.numpy().ravel(), self.here(), strict))
 
     def fold(self, plane: Plane) -> None:
         """Remember a plane that varies on several axes: its units must leave whole slabs of one of them."""

@@ -156,7 +156,8 @@ def kept_columns(trace: Trace, plan: Plan) -> dict[str, np.ndarray]:
 
 def _problems(trace: Trace, name: str, kept: np.ndarray, *, constant: bool) -> list[Problem]:
     sums, reader = trace.sums[name], trace.readers[name]
-    assert sums.gram is not None and sums.held is not None
+    assert sums.gram is not None
+    assert sums.held is not None
     matrix = as_matrix(trace.weights[name], reader.axis)
     size = trace.weights[name].shape[reader.axis]
     rows, kernel = len(matrix) // reader.blocks, matrix.shape[1] // size
@@ -183,8 +184,10 @@ def _best(problems: list[Problem], method: Method) -> tuple[list[np.ndarray], Ch
     rungs: list[tuple[float, Method, float]] = [(before, "none", 0.0)]
     rungs.append((sum(p.error(p.mean(p.fit), p.held) for p in problems), "mean", 0.0))
     if method == "least_squares":
-        for ridge in RIDGES:
-            rungs.append((sum(p.error(p.least_squares(p.fit, ridge)[0], p.held) for p in problems), "least_squares", ridge))
+        rungs += [
+            (sum(p.error(p.least_squares(p.fit, ridge)[0], p.held) for p in problems), "least_squares", ridge)
+            for ridge in RIDGES
+        ]
     # Without a held-out example every rung has error 0; the ladder's last rung is then the honest default.
     error, chosen, ridge = min(rungs) if energy > 1e-300 else rungs[-1]
     total = [p.fit + p.held for p in problems]
@@ -215,7 +218,9 @@ def fold(
     weights[reader.tensor] = from_matrix(matrix, original, reader.axis)
     if reader.offset is not None:
         offset = weights.get(reader.offset, own[reader.offset])
-        weights[reader.offset] = (offset.double() + reader.sign * torch.from_numpy(constants).to(offset.device)).to(offset.dtype)
+        weights[reader.offset] = (offset.double() + reader.sign * torch.from_numpy(constants).to(offset.device)).to(
+            offset.dtype
+        )
 
 
 def from_matrix(matrix: np.ndarray, like: Tensor, axis: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,9 @@ def repair_sequentially(
     return small, tuple(steps)
 
 
-def _moments(dense: nn.Module, small: nn.Module, reader: Reader, rows: Tensor | None, data: list[Any]) -> tuple[_Moments, _Moments]:
+def _moments(
+    dense: nn.Module, small: nn.Module, reader: Reader, rows: Tensor | None, data: list[Any]
+) -> tuple[_Moments, _Moments]:
     fit, held, seen = _Moments(), _Moments(), 0
     for item in data:
         batch = unpack(item)
@@ -131,11 +134,8 @@ def _readings(model: nn.Module, reader: Reader, batch: Batch) -> list[Reading]:
         if len(readings) == reader.calls:
             raise _Reached
 
-    with torch.inference_mode(), observing(model, [reader.tensor], see):
-        try:
-            forward(model, batch)
-        except _Reached:
-            pass
+    with suppress(_Reached), torch.inference_mode(), observing(model, [reader.tensor], see):
+        forward(model, batch)
     return readings
 
 
@@ -174,7 +174,8 @@ def _refit(dense: nn.Module, small: nn.Module, reader: Reader, rows: Tensor | No
 
 
 def _solve(now: np.ndarray, moments: _Moments, ridge: float, constant: bool) -> np.ndarray:
-    assert moments.square is not None and moments.cross is not None
+    assert moments.square is not None
+    assert moments.cross is not None
     solution = now.copy()
     basis = now.shape[2] if constant else now.shape[2] - 1
     for block in range(len(now)):

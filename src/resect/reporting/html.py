@@ -88,7 +88,8 @@ def _table(report: Report) -> str:
         return [*map(escape, texts), last]
 
     table = _html_table(("", "#dense", "#small", "#change", "remains"), map(cells, before_after(report)))
-    return _section("Before and after", table)
+    caption = '<p class="soft">Ranges are 95 % intervals (Clopper-Pearson); latency is the median over rounds.</p>'
+    return _section("Before and after", table + caption)
 
 
 def _bar(share: float) -> str:

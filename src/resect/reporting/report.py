@@ -94,13 +94,13 @@ def before_after(report: Report) -> tuple[Row, ...]:
 def _accuracy_rows(report: Report) -> list[Row]:
     rows, found, certificate = [], report.found, report.found.certificate
     if report.dense is not None and report.small is not None:
-        row = _accuracy_row(f"accuracy, test ({report.small.examples:,})", report.dense.accuracy, report.small.accuracy)
+        row = _accuracy_row("test", report.dense.accuracy, report.small.accuracy)
         low, high = interval(report.small)
-        rows.append(replace(row, remark=f"{100 * low:.1f} to {100 * high:.1f} %, 95 % sure"))
+        rows.append(replace(row, remark=f"{100 * low:.1f}-{100 * high:.1f} % (n = {report.small.examples:,})"))
     if certificate is not None and certificate.dense_correct is not None and certificate.labelled:
-        dense = certificate.dense_correct / certificate.examples
-        rows.append(_accuracy_row(f"accuracy, certify ({certificate.examples:,})", dense, certificate.accuracy))
-    return [*rows, _accuracy_row("accuracy, search", found.dense_search_accuracy, found.search_accuracy)]
+        row = _accuracy_row("certify", certificate.dense_correct / certificate.examples, certificate.accuracy)
+        rows.append(replace(row, remark=f"(n = {certificate.examples:,})"))
+    return [*rows, _accuracy_row("search", found.dense_search_accuracy, found.search_accuracy)]
 
 
 def interval(evaluation: Evaluation, delta: float = 0.05) -> tuple[float, float]:
@@ -109,8 +109,10 @@ def interval(evaluation: Evaluation, delta: float = 0.05) -> tuple[float, float]
     return lower_bound(right, n, delta / 2), 1 - lower_bound(n - right, n, delta / 2)
 
 
-def _accuracy_row(name: str, dense: float, small: float) -> Row:
-    return Row(name=name, dense=f"{dense:.2%}", small=f"{small:.2%}", change=f"{100 * (small - dense):+.2f} points")
+def _accuracy_row(split: str, dense: float, small: float) -> Row:
+    return Row(
+        name=f"accuracy, {split}", dense=f"{dense:.2%}", small=f"{small:.2%}", change=f"{100 * (small - dense):+.2f} points"
+    )
 
 
 def _cost_rows(report: Report) -> list[Row]:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from resect.reporting.report import Report, Units, before_after, best_trials, notes, units, verdict
 
-_BAR = 16
+_BAR = 14
 
 
 def print_report(report: Report, console: Console | None = None, *, trials: int = 5) -> None:
@@ -42,7 +42,9 @@ def _verdict(report: Report) -> RenderableType:
 
 
 def _before_after(report: Report) -> Table:
-    table = Table(title="Before and after", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title="Before and after (ranges: 95 % intervals)", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for name, justify in (("", "left"), ("dense", "right"), ("small", "right"), ("change", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     table.add_column("remains", no_wrap=True)

@@ -52,7 +52,12 @@ class Scores:
 
 
 def score(
-    trace: Trace, scorer: str | Scorer = "firing_rate", *, classes: tuple[int, ...] | None = None, reduce: str = "max", seed: int = 0
+    trace: Trace,
+    scorer: str | Scorer = "firing_rate",
+    *,
+    classes: tuple[int, ...] | None = None,
+    reduce: str = "max",
+    seed: int = 0,
 ) -> Scores:
     """Score every unit of every group from a trace.
 
@@ -91,9 +96,13 @@ def _resolve(scorer: str | Scorer) -> tuple[str, Scorer]:
 def _checked(result: np.ndarray, evidence: Evidence, name: str) -> np.ndarray:
     expected = (evidence.units,), (len(evidence.examples), evidence.units)
     if result.shape not in expected:
-        raise ScoreError(f"scorer {name} gave shape {result.shape} for group {evidence.group}; return {' or '.join(map(str, expected))}")
+        raise ScoreError(
+            f"scorer {name} gave shape {result.shape} for group {evidence.group}; return {' or '.join(map(str, expected))}"
+        )
     if not np.isfinite(result).all():
-        raise ScoreError(f"scorer {name} gave {(~np.isfinite(result)).sum()} values that are not finite for group {evidence.group}")
+        raise ScoreError(
+            f"scorer {name} gave {(~np.isfinite(result)).sum()} values that are not finite for group {evidence.group}"
+        )
     return result
 
 

@@ -132,7 +132,7 @@ def trades(scores: Scores, plan: Plan, curves: Curves, measure: Measure, *, most
     Ordered by predicted harm; only plans that cost at least 1 % less are offered.
     """
     now = measure(plan.kept)
-    offers = []
+    offers: list[tuple[float, int, Plan]] = []
     groups = {group.name: group for group in scores.anatomy.groups}
     for down in groups:
         for up in (None, *groups):
@@ -151,7 +151,7 @@ def trades(scores: Scores, plan: Plan, curves: Curves, measure: Measure, *, most
 
 def _moved(group: Group, count: int, factor: float) -> int:
     step = count_step(group)
-    moved = int(round(count * factor / step)) * step
+    moved = round(count * factor / step) * step
     if moved == count:
         moved = count + (step if factor > 1 else -step)
     return int(np.clip(moved, step, group.units))

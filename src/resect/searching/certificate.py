@@ -140,6 +140,13 @@ def walk(
 
     Raises GoalError for floors with different deltas, DataError for a missing or unpaired dense evaluation, for a floor on a
     class that has no examples, and for an accuracy floor without labels.
+
+    >>> def judged(right, n=1000):
+    ...     correct, labels = np.arange(n) < right, np.zeros(n, dtype=np.int64)
+    ...     return Evaluation(correct=correct, labels=labels, predictions=np.where(correct, 0, 1))
+    >>> delivered, steps = walk(Floor(accuracy=0.95), None, [judged(980), judged(970), judged(955), judged(990)])
+    >>> delivered, [step.passed for step in steps]
+    (1, [True, True, False])
     """
     floors = _floors(floor)
     level = floors[0].delta if level is None else level

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import nn
 
-from resect.batches import divide
+from resect.batches import divide, unpack
 from resect.errors import DataError, GoalError
 from resect.evaluation import Evaluation, evaluate
 from resect.plan import Plan
@@ -69,12 +69,12 @@ def search(
     the calibrate data; with it the networks on the certificate's list are repaired once more, reader by reader in execution
     order. allocation: "uniform" bisects on one share for all groups; "knapsack" on the price of cost against predicted harm;
     "threshold" on one threshold for all normalised scores (the seed method); "auto" does the first two and then trades between
-    groups, or tries every size, leanest first, where the network is so small that the budget allows it. minimise: what is to be small. evaluations, seconds: budget of the search. reserve: share of delta kept for a network
-    made later (see `certify`).
+    groups, or tries every size, leanest first, where the network is so small that the budget allows it. minimise: what is to be
+    small. evaluations, seconds: budget of the search. reserve: share of delta kept for a network made later (see `certify`).
 
     A floor that no network meets is an outcome: `Found.certified` is False and the certificate says what would help. Raises
-    GoalError for a floor above the dense network's own accuracy on the search split, DataError for unusable data, ModelError for
-    a network in training mode or with outputs that change from call to call.
+    GoalError for a floor above the dense network's own accuracy on the search split, DataError for unusable data, and
+    ModelError for a network in training mode or with outputs that change from call to call.
 
     Source: Learn then Test, arXiv 2110.01052; split and fixed sequence as in Pareto Testing, arXiv 2210.07913.
     """
@@ -143,8 +143,6 @@ def _check_floor(floor: Floor, dense: Evaluation) -> None:
 
 
 def _count(data: Sequence[Any]) -> int:
-    from resect.batches import unpack
-
     return sum(unpack(batch).size for batch in data)
 
 
@@ -261,9 +259,10 @@ def _at_cost(scores: Scores, centre: Plan, measure: allocate.Measure, target: fl
     for _ in range(20):
         middle = (low + high) / 2
         counts = {
-            name: kept + middle * (units[name] - kept) if middle > 0 else kept * (1 + middle) for name, kept in centre.kept.items()
+            name: kept + middle * (units[name] - kept) if middle > 0 else kept * (1 + middle)
+            for name, kept in centre.kept.items()
         }
-        plan = Plan.top(scores.anatomy, scores.values, {name: int(round(count)) for name, count in counts.items()})
+        plan = Plan.top(scores.anatomy, scores.values, {name: round(count) for name, count in counts.items()})
         low, high = (middle, high) if measure(plan.kept) < target else (low, middle)
     return plan
 

@@ -7,6 +7,7 @@ matrix of its inputs. A channel of a convolution counts every position; a token 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Sums:
     held: np.ndarray | None = None
 
     def __add__(self, other: Sums) -> Sums:
-        merged = {}
+        merged: dict[str, Any] = {}
         for entry in fields(self):
             a, b = getattr(self, entry.name), getattr(other, entry.name)
             if a is None or b is None:
@@ -261,11 +262,11 @@ def design(reading: Reading, examples: int, most: int) -> torch.Tensor | None:
 
 def _patches(reading: Reading, most: int) -> torch.Tensor:
     reader, inputs = reading.reader, reading.inputs.detach()
-    kernel, stride, dilation = reading.weight.shape[2:], reader.stride, reader.dilation
+    kernel, stride, dilation = tuple(reading.weight.shape[2:]), reader.stride, reader.dilation
     inputs = F.pad(inputs, _pads(reader, kernel))
     if inputs.ndim == 3:
         inputs, kernel, stride, dilation = inputs[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
-    columns = F.unfold(inputs, tuple(kernel), dilation=dilation, stride=stride)
+    columns = F.unfold(inputs, kernel, dilation=dilation, stride=stride)
     count = columns.shape[-1]
     if count > most:
         columns = columns[..., torch.linspace(0, count - 1, most, device=columns.device).round().long()]
@@ -273,7 +274,7 @@ def _patches(reading: Reading, most: int) -> torch.Tensor:
     return rows.reshape(*rows.shape[:2], reader.blocks, -1)
 
 
-def _pads(reader: Reader, kernel: torch.Size) -> list[int]:
+def _pads(reader: Reader, kernel: tuple[int, ...]) -> list[int]:
     """Zeros added on each side of each spatial axis, last axis first, as F.pad takes them."""
     pads: list[int] = []
     for axis in reversed(range(len(kernel))):

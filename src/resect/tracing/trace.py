@@ -242,7 +242,9 @@ class _Pass:
             with torch.no_grad():
                 adder.add(reading, labels, held, batch.mask, known)
             if not torch.isfinite(adder.sums["total"]).all():
-                raise ModelError(f"values read by {reading.reader.tensor} are not finite (NaN or inf); check the data and weights")
+                raise ModelError(
+                    f"values read by {reading.reader.tensor} are not finite (NaN or inf); check the data and weights"
+                )
             if self.gradients:
                 readings.append(reading)
 
@@ -274,7 +276,9 @@ class _Pass:
             raise DataError("some batches of the calibrate data have labels and some have none; give labels with all or none")
         low, high = int(batch.labels.min()), int(batch.labels.max())
         if low < 0 or high >= (self.classes or 0):
-            raise DataError(f"labels run from {low} to {high}, but the network has {self.classes} outputs: 0 to {self.classes - 1}")
+            raise DataError(
+                f"labels run from {low} to {high}, but the network has {self.classes} outputs: 0 to {self.classes - 1}"
+            )
         return batch.labels
 
     def _add_slopes(self, readings: list[Reading], logits: torch.Tensor, labels: torch.Tensor) -> None:

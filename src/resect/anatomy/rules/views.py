@@ -130,7 +130,8 @@ def slice_(call: Call) -> Followed:
         if p.shape[at] == 1:
             planes.append(p)
         elif step != 1:
-            call.book.pin(p, "every n-th position of its width is taken")
+            whole = mix(call.book, x.with_planes([p]), [at], "every n-th position of its width is taken")
+            planes += whole.planes
         else:
             _whole_parts(call.book, p, at, bounds[0], bounds[1])
             planes.append(p.narrow(at, bounds[0], bounds[1] - bounds[0]))
@@ -142,7 +143,7 @@ def _whole_parts(book: Book, p: Plane, at: int, start: int, end: int) -> None:
     size, length = p.shape[at], end - start
     empty = bool((p.narrow(at, start, max(length, 0)) < 0).all())
     if 0 < length < size and size % length == 0 and start % length == 0 and not empty:
-        book.partition(p, _positions(p, at) // length)
+        book.partition(p, _positions(p, at) // length, strict=False)
 
 
 def _positions(p: Plane, at: int) -> Tensor:
@@ -206,8 +207,17 @@ def joined(call: Call, pieces: Sequence[Marks], at: int) -> Marks:
     parts = []
     for m, planes in zip(pieces, along):
         shape = [m.shape[at] if a == at else s for a, s in enumerate(size)]
-        parts.append(planes[0].expand(shape) if planes else torch.full(shape, -1))
+        parts.append(planes[0].expand(shape) if planes else _follower(m, along, at, shape))
     return Marks(shape=call.shape, planes=(torch.cat(parts, at),), source=_source(pieces))  # type: ignore[arg-type]
+
+
+def _follower(m: Marks, along: Sequence[Sequence[Plane]], at: int, shape: Sequence[int]) -> Plane:
+    """Labels for a piece without any: one that is broadcast over the heads of the others leaves with them."""
+    for planes in along:
+        others = [a for p in planes for a in axes(p) if a != at]
+        if others and not any(m.fixed(a) for a in others):
+            return drop(planes[0], [at]).expand(shape)
+    return torch.full(shape, -1)
 
 
 def _joined_crosswise(call: Call, pieces: Sequence[Marks], at: int) -> Marks:
