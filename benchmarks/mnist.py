@@ -55,7 +55,7 @@ def path(
             model, plan, weights=repair(scores.trace, plan, "least_squares" if method == "sequential" else method).weights
         )
         if method == "sequential":
-            small, _ = repair_sequentially(model, small, plan, scores.trace.readers, calib)
+            small, _ = repair_sequentially(model, small, plan, calib)
         points.append(
             {
                 "removed": 1 - plan.share,

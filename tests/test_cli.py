@@ -4,12 +4,14 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from resect.cli import app
-from resect.exporting import load, read_plan
+from resect.exporting import load, named_function, read_plan
 
 NETWORK = """
 import numpy as np
@@ -34,15 +36,6 @@ def sick():
     model = make()
     model[0].weight.data[0, 0] = float("nan")
     return model
-
-def talkative():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = make()
-        def forward(self, x):
-            return {"scores": self.inner(x), "other": x}
-    return Two()
 
 def examples(examples=1500):
     draw = np.random.default_rng(0)
@@ -144,7 +137,7 @@ def test_quiet_prints_the_verdict_only(here):
         ({"model": "my_cli_module:traned"}, "Did you mean 'trained'"),
         ({"model": "nowhere"}, "no network 'nowhere'"),
         ({"model": "my_cli_modul:make"}, "Did you mean 'my_cli_module'"),
-        ({"model": "my_cli_module:sick"}, "NaN"),
+        ({"model": "my_cli_module:sick"}, "module '0' of the network gives NaN"),
         ({"model": "my_cli_module:examples"}, "not a torch.nn.Module"),
         ({"data": "digit"}, "Did you mean 'digits'"),
         ({"data": "my_cli_module:three_of_a_kind"}, "labels run from 5 to 7"),
@@ -156,6 +149,8 @@ def test_quiet_prints_the_verdict_only(here):
         ({"floor": ("--floor", 0.8, "--scorer", "magnitud")}, "magnitude"),
         ({"floor": ("--floor", 0.8, "--repair", "glue")}, "glue"),
         ({"floor": ("--floor", 0.8, "--allocation", "fair")}, "fair"),
+        ({"floor": ("--floor", 0.8, "--out", ".")}, "the working directory"),
+        ({"floor": ("--floor", 0.8, "--out", "..")}, "the working directory"),
         ({"floor": ("--floor", 0.8, "--out", "my_cli_module.py")}, "is a file"),
         ({"floor": ("--floor", 0.8, "--out", "my_cli_module.py/small")}, "cannot write"),
     ],
@@ -231,6 +226,9 @@ def test_demo(here):
     assert small.hidden1.out_features < dense.hidden1.out_features == 128
     assert run("prune", "out/dense", "--data", "digits", "--drop", 0.2, "--evaluations", 4, "--out", "again").exit_code == 0
     assert load("again").hidden1.in_features == 64
+    assert "was not trained on them" not in (here / "again" / "report.html").read_text()
+    other = run("prune", "out/dense", "--data", "digits", "--floor", 0.5, "--evaluations", 4, "--seed", 1, "--out", "other")
+    assert "was not trained on them" in " ".join(other.stdout.split())
 
 
 def test_python_dash_m_resect():
@@ -238,3 +236,16 @@ def test_python_dash_m_resect():
     assert result.returncode == 0
     for verb in ("demo", "prune", "inspect", "bench"):
         assert verb in result.stdout
+
+
+def test_the_python_of_the_readme_runs(here):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    block = readme.split("```python\n")[1].split("```")[0]
+    network = named_function("my_cli_module:trained")
+    inputs, labels = (torch.as_tensor(part) for part in named_function("my_cli_module:examples")())
+    batches = list(zip(inputs.split(100), labels.split(100)))
+    model = network().eval()
+    names = {"model": model, "example": inputs[:2], "calib": batches, "val": batches, "make_model": network}
+    exec(block, names)
+    with torch.no_grad():
+        assert torch.equal(names["again"](inputs), names["small"](inputs))

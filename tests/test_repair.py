@@ -68,10 +68,10 @@ def test_every_rung_is_at_least_as_faithful_as_the_one_below(make) -> None:
         for method in ("none", "least_squares")
     }
     small = resect.cut(model, plan, weights=resect.repair(trace, plan).weights)
-    sequential, steps = repair_sequentially(model, small, plan, trace.readers, data)
+    sequential, steps = repair_sequentially(model, small, plan, data)
     assert errors["least_squares"] < 0.8 * errors["none"]
     assert fidelity(model, sequential, data) <= errors["least_squares"] * 1.01
-    assert {step.tensor for step in steps} == set(trace.readers)
+    assert {step.tensor for step in steps} >= set(trace.readers)
     assert all(step.error_after <= step.error_before + 1e-12 for step in steps)
 
 
@@ -140,7 +140,7 @@ def test_repair_in_float64_does_not_touch_the_model() -> None:
     before = resect.surgery.state_digest(model)
     trace, plan, data = prepared(model, x)
     small = resect.cut(model, plan, weights=resect.repair(trace, plan).weights)
-    repair_sequentially(model, small, plan, trace.readers, data)
+    repair_sequentially(model, small, plan, data)
     assert resect.surgery.state_digest(model) == before
 
 

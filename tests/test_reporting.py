@@ -214,6 +214,16 @@ def test_one_point_for_every_trial():
     assert (kinds.count("trial"), kinds.count("below"), kinds.count("dense"), kinds.count("delivered")) == (5, 3, 1, 1)
 
 
+def test_a_promised_drop_is_drawn_against_the_dense_network_of_the_same_examples():
+    text = html_report(make_report(floor=Floor(drop=0.05)))
+    chart = text[text.index('<svg class="curve"') : text.index("</figure>")]
+    height = {kind: float(y) for kind, y in re.findall(r"<circle class='(\w+)' cx='[\d.]+' cy='([\d.]+)'", chart)}
+    line = float(re.search(r'class="floor" .*? y1="([\d.]+)"', chart)[1])
+    assert height["dense"] < height["delivered"] < line
+    assert "whisker" not in chart
+    assert "+0<" in chart
+
+
 def test_result_json_round_trips():
     report = make_report()
     result = json.loads(record_text(report))

@@ -1,5 +1,6 @@
 """Data and networks by name: seeded disjoint splits, and one clear message for everything that is not there."""
 
+import os
 import socket
 
 import numpy as np
@@ -25,11 +26,6 @@ def offline(monkeypatch):
 
 def rows(data):
     return {(x.numpy().tobytes(), int(y)) for x, y in zip(data.inputs, data.labels)}
-
-
-def pairs(examples, seed=0, width=6):
-    draw = np.random.default_rng(seed)
-    return draw.normal(size=(examples, width)).astype(np.float32), draw.integers(0, 3, examples)
 
 
 def write_module(tmp_path, monkeypatch, name, body):
@@ -117,6 +113,15 @@ def test_certify_from_the_test_split_leaves_training_whole(tmp_path, offline):
     assert rows(splits.search) <= rows(splits.train)
 
 
+@pytest.mark.skipif("RESECT_DATA" not in os.environ, reason="RESECT_DATA does not name a folder of data sets")
+def test_mnist(offline):
+    splits = load_data(os.path.join(os.environ["RESECT_DATA"], "mnist"))
+    sizes = [getattr(splits, role).examples for role in ("train", "search", "certify", "test")]
+    assert sizes == [45_000, 5_000, 10_000, 10_000]
+    assert splits.train.inputs.shape[1:] == (1, 28, 28)
+    assert torch.bincount(splits.test.labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
 def test_images_of_several_sizes_are_refused(tmp_path):
     write_images(tmp_path, {"train": 50})
     write_images(tmp_path, {"test": 20}, size=6)
@@ -186,6 +191,17 @@ def test_splits_are_flattened_for_networks_that_want_it():
     assert fitted(mlp((25, 4, 3)).eval(), splits).test.inputs.shape == (4, 1, 5, 5)
     with pytest.raises(DataError, match="does not take"):
         fitted(nn.Linear(24, 3), splits)
+
+
+def test_modules_that_are_not_finite_are_named_and_no_hook_survives():
+    data = ArrayData(inputs=torch.rand(4, 6), labels=torch.tensor([0, 1, 2, 0]))
+    splits = Splits(name="rows", **dict.fromkeys(ROLES, data))
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    assert fitted(model, splits) is splits
+    model[2].bias.data[1] = float("inf")
+    with pytest.raises(ModelError, match=r"module '2' .* NaN or infinite"):
+        fitted(model, splits)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_demo_networks_are_seeded():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.status import Status
 
 from resect.errors import DataError, GoalError, ResectError
 
@@ -73,11 +74,12 @@ class Run:
     json: bool
     quiet: bool
     search: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def trials(self) -> Path:
         """Where trials are kept while the search goes on; what an interruption leaves."""
-        return self.out.with_name(f"{self.out.name}.trials.jsonl")
+        return Path(f"{self.out}.trials.jsonl")
 
 
 @app.command()
@@ -96,7 +98,8 @@ def demo(
         from resect.sources import load_data
 
         goal = _floor(0.95 if floor is None and drop is None else floor, drop, delta)
-        splits = load_data(data, seed=seed)
+        with _status(f"reading {data}", quiet=quiet or json):
+            splits = load_data(data, seed=seed)
         source = _trained(splits, seed, quiet=quiet or json)
         run = Run(floor=goal, seed=seed, out=out / "small", json=json, quiet=quiet)
         with _exit_codes(run.trials):
@@ -130,10 +133,13 @@ def prune(
 
         goal = _floor(floor, drop, delta)
         source = load_model(model, architecture=architecture)
-        splits = fitted(source.model, load_data(data, seed=seed, certify_from=certify_from.value))
+        with _status(f"reading {data}", quiet=quiet or json):
+            splits = fitted(source.model, load_data(data, seed=seed, certify_from=certify_from.value))
         search = {"scorer": scorer, "repair": repair, "allocation": allocation, "evaluations": evaluations, "seconds": seconds}
         given = {name: value for name, value in search.items() if value is not None}
-        run = Run(floor=goal, seed=seed, out=out, json=json, quiet=quiet, search=given)
+        known = source.trained_on == splits.train.fingerprint
+        notes = (splits.note,) if splits.note and not known else ()
+        run = Run(floor=goal, seed=seed, out=out, json=json, quiet=quiet, search=given, notes=notes)
         with _exit_codes(run.trials):
             _finish(_cut(source, splits, run), run)
 
@@ -153,7 +159,7 @@ def inspect(
 
         source = load_model(model, architecture=architecture)
         anatomy = dissect(source.model, _example(source, model, data, shape))
-        typer.echo(_as_json(_anatomy_record(anatomy)) if json else str(anatomy))
+        typer.echo(_as_json(anatomy.to_json()) if json else str(anatomy))
 
 
 @app.command()
@@ -220,14 +226,19 @@ def _floor(accuracy: float | None, drop: float | None, delta: float) -> Floor:
     return Floor(accuracy=accuracy, drop=drop, delta=delta)
 
 
+def _status(text: str, *, quiet: bool) -> Status:
+    """What is going on, on standard error, where somebody watches."""
+    return Console(stderr=True, quiet=quiet).status(text)
+
+
 def _trained(splits: Splits, seed: int, *, quiet: bool) -> Source:
     """The demonstration's network for these data, trained on their train split."""
     from resect.sources import Source
     from resect.sources.demo import ARCHITECTURE, mlp, recipe, train
 
     widths, settings = recipe(splits)
-    console = Console(stderr=True, quiet=quiet)
-    with console.status(f"training {'-'.join(map(str, widths))} on {splits.train.examples:,} examples") as status:
+    name = "-".join(map(str, widths))
+    with _status(f"training {name} on {splits.train.examples:,} examples", quiet=quiet) as status:
         model = train(
             mlp(widths, seed),
             splits.train,
@@ -235,7 +246,6 @@ def _trained(splits: Splits, seed: int, *, quiet: bool) -> Source:
             progress=lambda epoch, loss: status.update(f"epoch {epoch} of {settings['epochs']}, loss {loss:.4f}"),
             **settings,
         )
-    name = "-".join(map(str, widths))
     return Source(model=model, name=name, architecture=ARCHITECTURE, arguments={"widths": list(widths)})
 
 
@@ -283,7 +293,7 @@ def _report(source: Source, splits: Splits, run: Run, found: Found) -> Report:
         trace=trace(source.model, splits.calibrate, found.plan.anatomy, grams=False, quiet=True),
         class_names=splits.class_names,
         settings={"floor": str(run.floor), "delta": f"{run.floor.delta:g}", "seed": str(run.seed), **run.search},
-        notes=(splits.note,) if splits.note else (),
+        notes=run.notes,
         fingerprints=splits.fingerprints,
     )
 
@@ -331,24 +341,6 @@ def _integers(text: str, option: str) -> tuple[int, ...]:
     if not numbers or min(numbers) < 1:
         raise DataError(f"{option} {text!r} is not a list of positive whole numbers; write {option} 1,64.")
     return numbers
-
-
-def _anatomy_record(anatomy: Any) -> dict[str, Any]:
-    return {
-        "fingerprint": anatomy.fingerprint,
-        "groups": [
-            {
-                "name": group.name,
-                "kind": group.kind,
-                "units": group.units,
-                "multiple_of": group.multiple_of,
-                "writers": sorted({part.tensor for part in group.writers}),
-                "readers": sorted({part.tensor for part in group.readers}),
-            }
-            for group in anatomy.groups
-        ],
-        "pinned": [{"name": pin.name, "units": pin.units, "reason": pin.reason, "where": pin.where} for pin in anatomy.pins],
-    }
 
 
 def _as_json(value: Any) -> str:

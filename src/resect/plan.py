@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from resect.anatomy import Anatomy, Contraction, Group
+from resect.anatomy import Anatomy, Group
 from resect.errors import PlanError
 
 
@@ -128,7 +128,8 @@ class Plan:
 
 def cost_of(anatomy: Anatomy, kept: Mapping[str, int]) -> Cost:
     """Cost of any plan that keeps so many units per group: which ones makes no difference."""
-    return _counter(anatomy).count(kept)
+    parameters, macs, size = costs_of(anatomy, np.array([kept[group.name] for group in anatomy.groups]))[0]
+    return Cost(parameters=round(parameters), macs=float(macs), bytes=round(size))
 
 
 def check_mask(group: Group, mask: np.ndarray) -> None:
@@ -169,40 +170,47 @@ def best(group: Group, scores: np.ndarray, count: int) -> np.ndarray:
 
 
 class _Counter:
-    """Counts the elements every tensor keeps, from the sizes of its axes."""
+    """Counts what tensors keep, for many plans at once: axis lengths are linear in the counts, elements their products."""
 
     def __init__(self, anatomy: Anatomy):
-        self.anatomy = anatomy
-        self.units = {group.name: group.units for group in anatomy.groups}
-        self.dense = {name: math.prod(shape) for name, shape in anatomy.shapes.items()}
-        self.axes: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
+        names = list(anatomy.shapes)
+        self.groups = {group.name: place for place, group in enumerate(anatomy.groups)}
+        self.units = np.array([group.units for group in anatomy.groups], dtype=np.float64)
+        axes = [(name, axis) for name in names for axis in range(max(len(anatomy.shapes[name]), 1))]
+        self.starts = np.flatnonzero([axis == 0 for _, axis in axes])
+        self.sizes = np.array([(*anatomy.shapes[name], 1)[axis] for name, axis in axes], dtype=np.float64)
+        self.width = self._widths(anatomy, {key: place for place, key in enumerate(axes)})
+        place = {name: number for number, name in enumerate(names)}
+        self.is_parameter = np.array([name in anatomy.parameters for name in names], dtype=np.float64)
+        self.itemsize = np.array([torch.empty((), dtype=getattr(torch, anatomy.dtypes[name])).element_size() for name in names])
+        self.per_element, self.per_unit, self.constant = np.zeros(len(names)), np.zeros(len(self.units)), 0.0
+        for product in anatomy.contractions:
+            if product.tensor is not None:
+                self.per_element[place[product.tensor]] += product.macs / max(math.prod(anatomy.shapes[product.tensor]), 1)
+            elif product.group is not None:
+                self.per_unit[self.groups[product.group]] += product.macs / self.units[self.groups[product.group]]
+            else:
+                self.constant += product.macs
+
+    def _widths(self, anatomy: Anatomy, place: Mapping[tuple[str, int], int]) -> np.ndarray:
+        """(axes, groups) how much of an axis leaves with one unit."""
+        width = np.zeros((len(place), len(self.units)))
         for group in anatomy.groups:
             for part in group.slices:
-                self.axes.setdefault((part.tensor, part.axis), []).append((group.name, part.index.shape[1], part.blocks))
-        self.touched = {tensor for tensor, _ in self.axes}
-        self.widths = {
-            name: torch.empty((), dtype=getattr(torch, dtype)).element_size() for name, dtype in anatomy.dtypes.items()
-        }
+                width[place[part.tensor, part.axis], self.groups[group.name]] += part.index.shape[1] / part.blocks
+        return width
 
-    def count(self, kept: Mapping[str, int]) -> Cost:
-        elements = dict(self.dense)
-        for tensor in self.touched:
-            shape = self.anatomy.shapes[tensor]
-            elements[tensor] = math.prod(self._length(tensor, axis, size, kept) for axis, size in enumerate(shape))
-        return Cost(
-            parameters=sum(elements[name] for name in self.anatomy.parameters),
-            macs=sum(c.macs * self._share(c, elements, kept) for c in self.anatomy.contractions),
-            bytes=sum(count * self.widths[name] for name, count in elements.items()),
-        )
+    def count(self, kept: np.ndarray) -> np.ndarray:
+        """kept: (plans, groups) units that stay; (plans, 3) parameters, MACs and bytes."""
+        lengths = np.round(self.sizes - (self.units - kept) @ self.width.T)
+        elements = np.multiply.reduceat(lengths, self.starts, axis=1)
+        macs = elements @ self.per_element + kept @ self.per_unit + self.constant
+        return np.stack([elements @ self.is_parameter, macs, elements @ self.itemsize], axis=1)
 
-    def _share(self, product: Contraction, elements: Mapping[str, int], kept: Mapping[str, int]) -> float:
-        if product.tensor is not None:
-            return elements[product.tensor] / max(self.dense[product.tensor], 1)
-        return kept[product.group] / self.units[product.group] if product.group is not None else 1.0
 
-    def _length(self, tensor: str, axis: int, size: int, kept: Mapping[str, int]) -> int:
-        parts = self.axes.get((tensor, axis), ())
-        return round(size - sum((self.units[name] - kept[name]) * width / blocks for name, width, blocks in parts))
+def costs_of(anatomy: Anatomy, kept: np.ndarray) -> np.ndarray:
+    """(plans, 3) parameters, MACs and bytes of plans that keep so many units, (plans, groups) in the anatomy's order."""
+    return _counter(anatomy).count(np.atleast_2d(np.asarray(kept, dtype=np.float64)))
 
 
 def _counter(anatomy: Anatomy) -> _Counter:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from resect.anatomy.labels import Book, Marks, Plane, axes, drop, vector
 
@@ -90,6 +91,8 @@ def join(book: Book, p: Plane, q: Plane, x: Marks, y: Marks) -> Plane | None:
     vp, vq = set(axes(p)), set(axes(q))
     if vp == vq:
         book.tie(p, q, UNLABELLED)
+        if x.source == y.source == "parameter":
+            book.share_role(p, q)
         return torch.where((p >= 0) & (q >= 0), p, torch.full_like(p, -1))
     if vq < vp:
         return _cover(book, p, q, y)
@@ -114,8 +117,14 @@ def _cover(book: Book, p: Plane, q: Plane, narrow: Marks) -> Plane:
 
 
 def _outermost(p: Plane, chosen: set[int]) -> bool:
-    steps = {a: abs(int(p.select(a, 1).reshape(-1)[0]) - int(p.reshape(-1)[0])) for a in axes(p)}
+    steps = {a: _step(p, a) for a in axes(p)}
     return min(steps[a] for a in chosen) > max(steps[a] for a in steps if a not in chosen)
+
+
+def _step(p: Plane, axis: int) -> int:
+    """The smallest change of label from one position of an axis to the next."""
+    jumps = vector(p, axis).diff().abs()
+    return int(jumps[jumps > 0].min()) if bool((jumps > 0).any()) else 0
 
 
 def mix(book: Book, x: Marks, over: Iterable[int], reason: str = MIXED, *, stats: bool = False) -> Marks:
@@ -189,7 +198,7 @@ def contract(book: Book, a: Marks, b: Marks, spec: Product) -> Marks:
 
 
 def _side(book: Book, marks: Marks, letters: str, spec: Product) -> _Side:
-    heads, summed, free, headed = [], [], [], list[Plane]()
+    heads, summed, free, headed = list[Plane](), list[Plane](), list[Plane](), list[Plane]()
     for p in marks.planes:
         on = {letters[i] for i in axes(p)}
         batch = [i for i in axes(p) if letters[i] in spec.batch]
@@ -211,12 +220,14 @@ def _rows_are_heads(p: Plane, letters: str, spec: Product) -> bool:
 
 def _roles(book: Book, left: _Side, right: _Side, spec: Product) -> None:
     reading = left.marks.source == "parameter"
+    both = reading and right.marks.source == "parameter"
     for side in (left, right):
         if side.marks.source == "parameter":
             for p in side.summed:
                 # between two weights only one of them is the reader of the inner width
                 book.role(p, "writer" if side is right and reading else "reader")
-            for p in side.free:
+            for p in () if both else side.free:
+                # what two weights make together is read or written where it is used
                 book.role(p, "writer")
 
 
@@ -248,10 +259,11 @@ def _hold(book: Book, side: _Side, other: _Side, spec: Product) -> None:
     if fixed and not other.heads and other.marks.source == "constant":
         for p in side.heads:
             book.pin(p, UNLABELLED)
-    for q in (*other.summed, *other.free):
-        book.pin(q, BROADCAST)
-    other.summed.clear()
-    other.free.clear()
+    if not other.heads:
+        for q in (*other.summed, *other.free):
+            book.pin(q, BROADCAST)
+        other.summed.clear()
+        other.free.clear()
 
 
 def _batch_plane(p: Plane, side: _Side, spec: Product) -> Plane:
@@ -279,10 +291,12 @@ def _sum(book: Book, left: _Side, right: _Side, letter: str) -> None:
     theirs = [(q, right.at(letter)) for q in right.summed if q.shape[right.at(letter)] > 1]
     for p, axis in ours + theirs:
         book.tie_along(p, (a for a in axes(p) if a != axis))
-    for p, axis in ours:
-        for q, across in theirs:
-            book.tie(vector(p, axis), vector(q, across), UNLABELLED)
-    if bool(ours) != bool(theirs) or not (ours or theirs):
+    for one, another in _pairs([vector(p, axis) for p, axis in ours], [vector(q, across) for q, across in theirs]):
+        book.tie(one, another, UNLABELLED)
+    if bool(ours) != bool(theirs):
+        other, at = (right, right.at(letter)) if ours else (left, left.at(letter))
+        if book.lenient and other.marks.source == "constant" and not other.marks.fixed(at):
+            return  # zeros of a width that an attribute may hold: verification will tell
         for p, _ in ours + theirs:
             book.pin(p, "is contracted with a tensor of fixed width (an input, a constant or a literal size)")
     elif min(len(left.letters), len(right.letters)) == 1 and left.marks.source == right.marks.source == "parameter":
@@ -291,6 +305,20 @@ def _sum(book: Book, left: _Side, right: _Side, letter: str) -> None:
     elif "parameter" not in (left.marks.source, right.marks.source):
         for p, _ in ours + theirs:
             book.pin(p, MULTIPLIED)
+
+
+def _pairs(ours: list[Plane], theirs: list[Plane]) -> list[tuple[Plane, Plane]]:
+    """Which labels of a contracted axis meet: all, unless both sides are products of the same factors (heads, positions)."""
+    if len(ours) == len(theirs) > 1:
+        alike = [(p, q) for p in ours for q in theirs if torch.equal(_pattern(p), _pattern(q))]
+        if len(alike) == len(ours):
+            return alike
+    return [(p, q) for p in ours for q in theirs]
+
+
+def _pattern(labels: Plane) -> Tensor:
+    """Which positions have equal labels."""
+    return torch.unique(labels, return_inverse=True)[1]
 
 
 def _carried(side: _Side, spec: Product) -> list[Plane]:

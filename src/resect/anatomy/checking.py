@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from resect.anatomy.anatomy import Anatomy, AttributeEdit, Group, Pin
 from resect.anatomy.attributes import Edits, alternatives
+from resect.anatomy.attributes import candidates as alternatives_of
 from resect.anatomy.slicing import apply, masked_weights, named_tensors, skeleton
 from resect.anatomy.slicing import replace as put
 
@@ -80,8 +81,14 @@ class Trial:
         self.runs = 0
 
     def fault(self, groups: Sequence[Group], edits: Edits) -> str | None:
-        """None where half of every one of `groups` can be cut with the effect of masking it; else what went wrong."""
+        """None where halves of every one of `groups` can be cut with the effect of masking them; else what went wrong.
+
+        Two plans, so that every unit leaves in one of them: a position that the model's code names literally is found out.
+        """
         keep = {g.name: half(g) for g in groups}
+        return self._fault_of(groups, edits, keep) or self._fault_of(groups, edits, {n: ~k for n, k in keep.items()})
+
+    def _fault_of(self, groups: Sequence[Group], edits: Edits, keep: Mapping[str, np.ndarray]) -> str | None:
         anatomy = replace(self.anatomy, groups=tuple(groups), edits=tuple(e for e in edits if e.group in keep))
         self.runs += 1
         masked = skeleton(self.model)
@@ -159,21 +166,70 @@ def _permuted_blocks(source: Tensor, axis: int, blocks: int, index: np.ndarray, 
 class _Settling:
     """Finds the edits that make every group cut right, and the groups that no edit helps."""
 
-    def __init__(self, model: nn.Module, trial: Trial, edits: Edits) -> None:
-        self.model, self.trial, self.edits = model, trial, edits
+    def __init__(self, model: nn.Module, trial: Trial, edits: Edits, guesses: Edits) -> None:
+        self.model, self.trial, self.edits = model, trial, (*edits, *guesses)
+        self.guesses = frozenset(guesses)
         self.faults: dict[str, str] = {}
-        self.patterns: dict[str, list[frozenset[tuple[str, str, int | None]]]] = {}
 
     def settle(self, groups: list[Group]) -> list[Group]:
-        """The groups of `groups` that can be cut right, alone and all at once."""
+        """The groups that can be cut right, alone and all at once. Groups of one kind of module share what they need."""
+        if not groups or self.trial.check(groups, self.edits) is None:
+            return groups
+        kinds: dict[str, list[Group]] = {}
+        for group in groups:
+            kinds.setdefault(_kind(self.model, group), []).append(group)
+        for members in kinds.values():
+            self._settle_kind(members)
+        return self._bisect([g for g in groups if g.name not in self.faults])
+
+    def _settle_kind(self, members: list[Group]) -> None:
+        first, *rest = members
+        fault = self.trial.check([first], self.edits)
+        if fault is None:
+            return
+        found = self._search(first)
+        if found is None:
+            self.faults[first.name] = fault
+            for group in rest:
+                self._judge(group)
+            return
+        self.edits = self._without_guesses(first) + found
+        for group in rest:
+            matching = tuple(e for e in alternatives_of(self.model, group) if _place(e) in {_place(f) for f in found})
+            self.edits = self._without_guesses(group) + matching
+
+    def _judge(self, group: Group) -> bool:
+        """Whether a group can be cut as things are; its fault is kept."""
+        fault = self.trial.check([group], self.edits)
+        if fault is not None:
+            self.faults[group.name] = fault
+        return fault is None
+
+    def _search(self, group: Group) -> Edits | None:
+        """Attributes of the modules around a group with which its cut is right."""
+        base = self._without_guesses(group)
+        for more in alternatives(self.model, group, base):
+            if self.trial.check([group], base + more) is None:
+                return more
+        return None
+
+    def _without_guesses(self, group: Group) -> Edits:
+        return tuple(e for e in self.edits if e.group != group.name or e not in self.guesses)
+
+    def _bisect(self, groups: list[Group]) -> list[Group]:
         if not groups or self.trial.check(groups, self.edits) is None:
             return groups
         if len(groups) == 1:
-            return groups if self._search(groups[0]) else []
+            return groups if self._rescued(groups[0]) else []
         middle = len(groups) // 2
-        good = self.settle(groups[:middle])
-        good_too = self.settle(groups[middle:])
-        return self._together(good, good_too)
+        return self._together(self._bisect(groups[:middle]), self._bisect(groups[middle:]))
+
+    def _rescued(self, group: Group) -> bool:
+        found = self._search(group)
+        if found is None:
+            return self._judge(group)
+        self.edits = self._without_guesses(group) + found
+        return True
 
     def _together(self, one: list[Group], other: list[Group]) -> list[Group]:
         """Both lists at once; where only their combination fails, the later groups that break it stay."""
@@ -185,44 +241,19 @@ class _Settling:
         middle = len(other) // 2
         return self._together(self._together(one, other[:middle]), other[middle:])
 
-    def _search(self, group: Group) -> bool:
-        """Try attributes of the modules around a group until its cut is right."""
-        base = tuple(e for e in self.edits if not self._is_guess(e, group))
-        fault = self.trial.check([group], self.edits)
-        for more in self._likely(group, base):
-            tried = base + more
-            if self.trial.check([group], tried) is None:
-                self.edits = tried
-                self.patterns.setdefault(_kind(self.model, group), []).insert(0, _pattern(more, group))
-                return True
-        self.faults[group.name] = fault or "cannot be cut right"
-        return False
-
-    def _is_guess(self, edit: AttributeEdit, group: Group) -> bool:
-        return edit.group == group.name and (edit.module, edit.attribute, edit.item) in self.guesses
-
-    guesses: frozenset[tuple[str, str, int | None]] = frozenset()
-
-    def _likely(self, group: Group, base: Edits) -> list[Edits]:
-        """What worked for a group of the same kind first, then everything else."""
-        options = list(alternatives(self.model, group, base))
-        known = self.patterns.get(_kind(self.model, group), [])
-        options.sort(key=lambda o: _pattern(o, group) not in known)
-        return options[:80]
-
 
 def _kind(model: nn.Module, group: Group) -> str:
     return "/".join(sorted({type(model.get_submodule(s.module)).__name__ + s.tensor.rpartition(".")[2] for s in group.slices}))
 
 
-def _pattern(edits: Edits, group: Group) -> frozenset[tuple[str, str, int | None]]:
-    return frozenset((e.module.rpartition(".")[2], e.attribute, e.item) for e in edits)
+def _place(edit: AttributeEdit) -> tuple[str, str, int | None]:
+    """Where an edit is, the same for modules of one kind in every layer."""
+    return edit.module.rpartition(".")[2], edit.attribute, edit.item
 
 
 def settled(model: nn.Module, anatomy: Anatomy, guesses: Edits) -> Anatomy:
     """The anatomy with the edits that work, and with every group pinned that cannot be cut right."""
-    settling = _Settling(model, Trial(model, anatomy), (*anatomy.edits, *guesses))
-    settling.guesses = frozenset((e.module, e.attribute, e.item) for e in guesses)
+    settling = _Settling(model, Trial(model, anatomy), anatomy.edits, guesses)
     hidden = [g for g in anatomy.groups if g.kind != "stream"]
     streams = [g for g in anatomy.groups if g.kind == "stream"]
     good = settling.settle(hidden) + [g for s in streams for g in settling.settle([s])]

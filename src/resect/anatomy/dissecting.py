@@ -19,6 +19,7 @@ from resect.anatomy.attributes import guessed, known
 from resect.anatomy.checking import leaves, settled
 from resect.anatomy.grouping import Grouped, group
 from resect.anatomy.watching import RULES, Watch
+from resect.anatomy.weightless import is_weightless, real_positions
 from resect.errors import ModelError
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -48,16 +49,17 @@ def dissect(
     [('0', 'hidden', 8)]
     """
     _check(model)
-    inputs = as_inputs(example)
+    inputs = real_positions(as_inputs(example)) if is_weightless(model) else as_inputs(example)
     watch = Watch(model)
     _forward(watch, model, inputs)
-    _pin_unreached_readers(model, watch, first := group(watch.book))
-    grouped = group(watch.book) if watch.book.pins else first
+    grouped = group(watch.book)
+    if _pin_unreached_readers(model, watch, grouped):
+        grouped = group(watch.book)
     anatomy = _anatomy(model, inputs, watch, grouped)
     anatomy = _chosen(anatomy, ignore, only)
     guesses = tuple(e for g in anatomy.groups for e in guessed(model, g))
     anatomy = replace(anatomy, edits=known(model, anatomy.groups, dict(anatomy.aliases)))
-    if verify and not _on_meta(model):
+    if verify and not is_weightless(model):
         return settled(model, anatomy, guesses)
     return replace(anatomy, edits=(*anatomy.edits, *guesses))
 
@@ -82,10 +84,6 @@ def _check(model: nn.Module) -> None:
         raise ModelError(
             "the network is in training mode, where dropout and batch statistics hide its structure; call model.eval()"
         )
-
-
-def _on_meta(model: nn.Module) -> bool:
-    return any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
 
 
 def _forward(watch: Watch, model: nn.Module, inputs: Example) -> None:
@@ -114,8 +112,12 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _pin_unreached_readers(model: nn.Module, watch: Watch, grouped: Grouped) -> None:
-    """Weights that the example did not reach (an expert no token chose) may read what their reached siblings read."""
+def _pin_unreached_readers(model: nn.Module, watch: Watch, grouped: Grouped) -> bool:
+    """Weights that the example did not reach (an expert no token chose) may read what their reached siblings read.
+
+    True where that pinned anything.
+    """
+    before = len(watch.book.pins)
     unreached = [(n, p) for n, p in model.named_parameters() if n not in watch.touched and p.ndim > 0]
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     patterns = {(pattern, shapes[n]) for n, _ in unreached for pattern, _ in _numbered(n)}
@@ -128,6 +130,7 @@ def _pin_unreached_readers(model: nn.Module, watch: Watch, grouped: Grouped) -> 
         if outside or spread:
             labels = np.flatnonzero(grouped.group_of == g)
             watch.book.pin(labels, f"may be read by weights that the example does not reach, such as {unreached[0][0]}")
+    return len(watch.book.pins) > before
 
 
 def _numbered(name: str) -> Iterator[tuple[str, str]]:

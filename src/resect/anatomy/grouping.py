@@ -92,6 +92,9 @@ class _Resolution:
         for labels, name, time in self.book.roles:
             role[labels] = np.maximum(role[labels], _ROLES.index(name))
             clock[labels] = np.minimum(clock[labels], time)
+        for one, other in self.book.shared_roles[::-1] + self.book.shared_roles:
+            role[one] = role[other] = np.maximum(role[one], role[other])
+            clock[one] = clock[other] = np.minimum(clock[one], clock[other])
         return role, clock
 
     def _flag(self, marked: list[np.ndarray]) -> np.ndarray:
@@ -116,10 +119,10 @@ class _Resolution:
     def _signatures(self) -> tuple[np.ndarray, list[np.ndarray]]:
         """For every class its group (-1: pinned, unread or alone), and for every group its classes in unit order."""
         keys = self.axis_of * 3 + self.role
-        pairs, counts = np.unique(np.stack([self.of, keys]), axis=1, return_counts=True)
-        mixed = _scramble(pairs[1] * np.int64(1_000_003) + counts)
+        many = 3 * len(self.book.axes) + 1
+        pairs, counts = np.unique(self.of * many + keys, return_counts=True)
         signature = np.zeros(self.count, np.uint64)
-        np.add.at(signature, pairs[0], mixed)
+        np.add.at(signature, pairs // many, _scramble(pairs % many * np.int64(1_000_003) + counts))
         self.alive = (self.pin_of < 0) & self._has("writer") & self._has("reader")
         _, numbers = np.unique(signature, return_inverse=True)
         numbers = np.where(self.alive, numbers, -1)

@@ -141,9 +141,11 @@ class Book:
         self.here = here
         self.axes: list[Axis] = []
         self.count = 0
+        self.lenient = True
         self.edges: list[tuple[np.ndarray, np.ndarray]] = []
         self.pins: list[tuple[np.ndarray, str, Where]] = []
         self.roles: list[tuple[np.ndarray, str, int]] = []
+        self.shared_roles: list[tuple[np.ndarray, np.ndarray]] = []
         self.streams: list[np.ndarray] = []
         self.heads: list[np.ndarray] = []
         self.experts: list[np.ndarray] = []
@@ -194,6 +196,11 @@ class Book:
         """The positions of `labels` are read or written by a weight at the present op."""
         self._clock += 1
         self.roles.append((labels.numpy().ravel(), role, self._clock))
+
+    def share_role(self, one: Tensor, other: Tensor) -> None:
+        """Two weights are added or multiplied: whoever reads or writes the result, reads or writes both."""
+        a, b = torch.broadcast_tensors(one, other)
+        self.shared_roles.append((a.numpy().ravel(), b.numpy().ravel()))
 
     def stream(self, labels: Tensor) -> None:
         """The units of `labels` pass through a norm that mixes them: masking them is not the same as cutting them."""

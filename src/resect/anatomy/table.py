@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 
 def prunable(anatomy: Anatomy, groups: Iterable[Group] | None = None) -> int:
     """Number of parameters that belong to at least one unit of `groups` (default: all of them)."""
-    owned: dict[str, np.ndarray] = {}
+    owned: dict[str, list[Slices]] = {}
     for group in anatomy.groups if groups is None else groups:
         for part in group.slices:
             if part.tensor in anatomy.parameters:
-                mask = owned.setdefault(part.tensor, np.zeros(_folded(anatomy, part), dtype=bool))
-                _mark(mask, part)
-    return sum(int(m.sum()) * _rest(anatomy, name) for name, m in owned.items())
+                owned.setdefault(part.tensor, []).append(part)
+    return sum(_owned(anatomy.shapes[name], parts) for name, parts in owned.items())
 
 
-def _folded(anatomy: Anatomy, part: Slices) -> tuple[int, ...]:
-    """The tensor's shape with every axis that no group owns taken as one: masks stay small."""
-    axes = {s.axis for g in anatomy.groups for s in g.slices if s.tensor == part.tensor}
-    blocked = any(s.blocks > 1 for g in anatomy.groups for s in g.slices if s.tensor == part.tensor)
-    return tuple(n if a in axes or (blocked and a == 0) else 1 for a, n in enumerate(anatomy.shapes[part.tensor]))
+def _owned(shape: tuple[int, ...], parts: list[Slices]) -> int:
+    """Elements of a tensor in at least one of the slices: all but those whose every coordinate is free."""
+    if any(p.blocks > 1 for p in parts):
+        return _owned_in_blocks(shape, parts)
+    free = list(shape)
+    for part in parts:
+        free[part.axis] -= part.index.size
+    return math.prod(shape) - math.prod(free)
 
 
-def _rest(anatomy: Anatomy, tensor: str) -> int:
-    part = next(s for g in anatomy.groups for s in g.slices if s.tensor == tensor)
-    return math.prod(anatomy.shapes[tensor]) // math.prod(_folded(anatomy, part))
-
-
-def _mark(mask: np.ndarray, part: Slices) -> None:
-    positions, size = part.index.ravel(), mask.shape[part.axis]
-    share = mask.shape[0] // part.blocks
-    for block in range(part.blocks):
-        rows = mask[block * share : (block + 1) * share] if part.blocks > 1 else mask
-        inside = positions[positions // size == block] % size
-        rows[(slice(None),) * part.axis + (inside,)] = True
+def _owned_in_blocks(shape: tuple[int, ...], parts: list[Slices]) -> int:
+    axes = {0, *(p.axis for p in parts)}
+    mask = np.zeros([n if a in axes else 1 for a, n in enumerate(shape)], dtype=bool)
+    for part in parts:
+        positions, size, share = part.index.ravel(), shape[part.axis], shape[0] // part.blocks
+        for block in range(part.blocks):
+            rows = mask[block * share : (block + 1) * share] if part.blocks > 1 else mask
+            inside = positions[positions // size == block] % size
+            rows[(slice(None),) * part.axis + (inside,)] = True
+    return int(mask.sum()) * (math.prod(shape) // mask.size)
 
 
 def total(anatomy: Anatomy) -> int:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from resect.anatomy.algebra import meet, source
 from resect.anatomy.labels import Book, Marks, Where, axes, compress, on_axis
+from resect.anatomy.weightless import is_weightless, run
 
 Followed = Marks | Sequence[Marks | None] | None
 Rule = Callable[["Call"], Followed]
@@ -116,6 +117,8 @@ class Watch(TorchDispatchMode):
         self.book = Book(self.where)
         self.products: list[Product] = []
         self.touched: set[str] = set()
+        self.weightless = is_weightless(model)
+        self.book.lenient = not self.weightless
         self.unknown: dict[str, set[str]] = {}
         self._marks: Any = WeakTensorKeyDictionary()
         self._views: Any = WeakTensorKeyDictionary()
@@ -227,7 +230,7 @@ class Watch(TorchDispatchMode):
             if decomposed is not NotImplemented:
                 return decomposed
         before = [self.marks(t) for t in tree_leaves([args, kwargs]) if isinstance(t, Tensor)]
-        out = func(*args, **kwargs)
+        out = run(func, args, kwargs) if self.weightless else func(*args, **kwargs)
         self._op = func._schema.name
         call = Call(self, func, args, kwargs, out)
         results = self._unknown(call) if known is None else known(call)

@@ -200,6 +200,8 @@ def file_checksum(path: Path) -> str:
 
 def _refuse_foreign(directory: Path) -> None:
     """FileError where writing to `directory` would destroy something that resect did not write."""
+    if Path.cwd().is_relative_to(directory.resolve()):
+        raise FileError(f"{directory} is, or holds, the working directory, which cannot be replaced; name one inside it.")
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -218,10 +220,9 @@ class _renamed_into:
     """A new folder beside `directory` that takes its place when the block ends well, and vanishes when it does not."""
 
     def __init__(self, directory: Path, *, keep: bool = True) -> None:
-        self.directory, self.keep = directory, keep
-        token = f"{directory.name}.{secrets.token_hex(4)}"
-        self.new = directory.parent / f".{token}.new"
-        self.old = directory.parent / f".{token}.old"
+        self.directory, self.keep = directory.resolve(), keep
+        token = f".{self.directory.name}.{secrets.token_hex(4)}"
+        self.new, self.old = (self.directory.with_name(f"{token}.{kind}") for kind in ("new", "old"))
 
     def __enter__(self) -> Path:
         self.directory.parent.mkdir(parents=True, exist_ok=True)

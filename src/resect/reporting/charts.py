@@ -51,32 +51,38 @@ class Axes:
         return [i * step for i in range(first, int(self.highest / step + 1e-9) + 1)]
 
 
-def curve(points: Sequence[Point], *, floor: float | None, cost: str) -> str:
-    """Size-accuracy curve of `points` as an SVG element, with the floor as a line; `cost` names the horizontal axis."""
+def curve(points: Sequence[Point], *, floor: float | None, cost: str, relative: bool = False) -> str:
+    """Size-accuracy curve of `points` as an SVG element, with the floor as a line; `cost` names the horizontal axis.
+
+    relative: accuracies (and the floor) are differences to the dense network, shown in points, not shares.
+    """
     axes = _axes(points, floor)
-    parts = [f'<svg class="curve" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="accuracy by {escape(cost)}">']
-    parts += [_horizontal(axes, tick, f"{100 * tick:.4g} %", "grid") for tick in axes.ticks()]
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<text class="tick" x="{axes.x(share):.1f}" y="{_HEIGHT - 26}" text-anchor="middle">{share:.0%}</text>')
-    parts.append(
-        f'<text class="axis" x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(cost)} that remain</text>'
-    )
+    head = f'<svg class="curve" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="accuracy by {escape(cost)}">'
+    lines = [
+        _horizontal(axes, tick, f"{100 * tick:+.4g}" if relative else f"{100 * tick:.4g} %", "grid") for tick in axes.ticks()
+    ]
     if floor is not None:
-        parts.append(_horizontal(axes, floor, "floor", "floor"))
-    parts += [_mark(axes, point) for point in points]
-    return "".join([*parts, "</svg>"])
+        lines.append(_horizontal(axes, floor, "floor", "floor"))
+    ticks = [_share_tick(axes, share) for share in _SHARES if share >= axes.smallest]
+    title = f"{escape(cost)} that remain (logarithmic)"
+    below = f'<text class="axis" x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{title}</text>'
+    return "".join([head, *lines, *ticks, below, *(_mark(axes, point) for point in points), "</svg>"])
+
+
+def _share_tick(axes: Axes, share: float) -> str:
+    return f'<text class="tick" x="{axes.x(share):.1f}" y="{_HEIGHT - 26}" text-anchor="middle">{share:.0%}</text>'
 
 
 def _axes(points: Sequence[Point], floor: float | None) -> Axes:
     """Axes that show the region around the floor; collapsed networks are drawn at the lower edge."""
     values = [point.accuracy for point in points] + [point.low for point in points if point.low is not None]
-    highest = max([*values, floor or 0.0])
-    lowest = min(values, default=0.0)
+    highest = max([*values, *([] if floor is None else [floor])])
+    lowest = min(values)
     if floor is not None:
         lowest = min(max(lowest, floor - 4 * max(highest - floor, 0.01)), floor)
     air = max(0.08 * (highest - lowest), 0.002)
     smallest = min([0.5, *(0.9 * point.share for point in points if point.share > 0)])
-    return Axes(smallest=max(smallest, 0.005), lowest=max(0.0, lowest - air), highest=min(1.0 + air / 2, highest + air))
+    return Axes(smallest=max(smallest, 0.005), lowest=lowest - air, highest=highest + air / 2)
 
 
 def _horizontal(axes: Axes, accuracy: float, label: str, css: str) -> str:

@@ -16,7 +16,6 @@ from resect.reporting.report import (
     before_after,
     best_trials,
     notes,
-    search_floor,
     units,
     verdict,
 )
@@ -97,14 +96,17 @@ def _bar(share: float) -> str:
 
 
 def _curve(report: Report) -> str:
-    points = list(_points(report))
+    """Every trial by size and accuracy; for a promised drop, by the difference to the dense network on the same examples."""
+    floor, found = report.found.floor, report.found
+    relative = floor is not None and floor.drop is not None
+    points = [*_trial_points(report, found.dense_search_accuracy if relative else 0.0), *_certify_points(report, relative)]
     if len(points) < 2:
         return ""
     keys = (
         ("dense", "dense network"),
-        ("trial", "trial, accuracy on search"),
+        ("trial", "trial, on search"),
         ("below", "trial below the floor"),
-        ("delivered", "delivered, accuracy on certify with its lower bound"),
+        ("delivered", "delivered, on certify" + ("" if relative else ", with its lower bound")),
     )
     shown = {point.kind for point in points}
     legend = "".join(
@@ -112,26 +114,30 @@ def _curve(report: Report) -> str:
         for css, text in keys
         if css in shown
     )
-    chart = charts.curve(points, floor=search_floor(report), cost="MACs")
-    return _section("Size and accuracy of every trial", f"<figure>{chart}</figure><div>{legend}</div>")
+    line = None if floor is None else floor.threshold(0.0 if relative else found.dense_search_accuracy)
+    chart = charts.curve(points, floor=line, cost="MACs", relative=relative)
+    title = "Size, and points of accuracy above or below the dense network" if relative else "Size and accuracy of every trial"
+    return _section(title, f'<figure class="scroll">{chart}</figure><div>{legend}</div>')
 
 
-def _points(report: Report) -> Iterable[charts.Point]:
-    dense = report.found.dense_cost.macs
+def _trial_points(report: Report, zero: float) -> Iterable[charts.Point]:
     for trial in sorted(report.found.trials, key=lambda trial: trial.above):
-        share = trial.cost.macs / dense
+        share = trial.cost.macs / report.found.dense_cost.macs
         where = f"{share:.1%} of MACs"
         label = f"trial {trial.number}, {trial.allocation}: {trial.accuracy:.2%} of {trial.examples:,} examples, {where}"
-        yield charts.Point(share=share, accuracy=trial.accuracy, kind="trial" if trial.above else "below", label=label)
-    certificate = report.found.certificate
-    if certificate is None:
+        yield charts.Point(share=share, accuracy=trial.accuracy - zero, kind="trial" if trial.above else "below", label=label)
+
+
+def _certify_points(report: Report, relative: bool) -> Iterable[charts.Point]:
+    certificate, found = report.found.certificate, report.found
+    if certificate is None or certificate.dense_correct is None or not certificate.labelled:
         return
-    if certificate.dense_correct is not None and certificate.labelled:
-        accuracy = certificate.dense_correct / certificate.examples
-        yield charts.Point(share=1.0, accuracy=accuracy, kind="dense", label=f"dense network: {accuracy:.2%} on certify")
-    share = report.found.cost.macs / dense
-    label = f"delivered: {certificate.accuracy:.2%} on certify, at least {certificate.lower_bound:.2%}, at {share:.1%} of MACs"
-    yield charts.Point(share=share, accuracy=certificate.accuracy, kind="delivered", label=label, low=certificate.lower_bound)
+    dense = certificate.dense_correct / certificate.examples
+    zero, low = (dense, None) if relative else (0.0, certificate.lower_bound)
+    yield charts.Point(share=1.0, accuracy=dense - zero, kind="dense", label=f"dense network: {dense:.2%} on certify")
+    share = found.cost.macs / found.dense_cost.macs
+    label = f"delivered: {certificate.accuracy:.2%} on certify, {share:.1%} of MACs"
+    yield charts.Point(share=share, accuracy=certificate.accuracy - zero, kind="delivered", label=label, low=low)
 
 
 def _units(report: Report) -> str:

@@ -155,12 +155,6 @@ def best_trials(report: Report, limit: int | None = None) -> tuple[Trial, ...]:
     return tuple(sorted(report.found.trials, key=rank)[:limit])
 
 
-def search_floor(report: Report) -> float | None:
-    """The accuracy in [0, 1] that the floor asks of a network on the search split; None without a floor."""
-    floor = report.found.floor
-    return None if floor is None else floor.threshold(report.found.dense_search_accuracy)
-
-
 def notes(report: Report) -> tuple[str, ...]:
     """Everything a reader should know besides the figures, each once."""
     slow = [

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
 import numpy as np
 
 from resect.anatomy import Anatomy, Group
-from resect.plan import Plan, best, cost_of, count_step, valid_count
+from resect.plan import Plan, best, costs_of, count_step, valid_count
 from resect.repair import Method
 from resect.repair.closed_form import predicted_errors
 from resect.scoring import Scores
+from resect.searching.floor import Budget
 
-Measure = Callable[[Mapping[str, int]], float]
+COSTS = ("parameters", "macs", "bytes", "units")
 LEVELS = 24
 LEAST_SHARE = 0.02
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measure:
+    """What is to become small, as one number per plan: the largest of the weighted costs named.
+
+    weights: by name of a cost ("parameters", "macs", "bytes", "units").
+    """
+
+    anatomy: Anatomy
+    weights: Mapping[str, float]
+
+    def __call__(self, kept: Mapping[str, int]) -> float:
+        return float(self.many(np.array([[kept[group.name] for group in self.anatomy.groups]]))[0])
+
+    def many(self, kept: np.ndarray) -> np.ndarray:
+        """kept: (plans, groups) in the anatomy's order; (plans,) values."""
+        costs = np.concatenate([costs_of(self.anatomy, kept), kept.sum(1, keepdims=True)], axis=1)
+        return np.max([weight * costs[:, COSTS.index(name)] for name, weight in self.weights.items()], axis=0)
+
+
 def measure(anatomy: Anatomy, minimise: str) -> Measure:
-    """What is to become small, from the units kept per group: "macs", "parameters", "bytes" or "units" (their number)."""
-    if minimise == "units":
-        return lambda kept: float(sum(kept.values()))
-    return lambda kept: float(getattr(cost_of(anatomy, kept), minimise))
+    """One cost alone: "macs", "parameters", "bytes" or "units" (their number)."""
+    return Measure(anatomy=anatomy, weights={minimise: 1.0})
+
+
+def against(anatomy: Anatomy, budget: Budget) -> Measure:
+    """The largest of the shares that remain over the shares a budget allows: at most 1 where the budget is kept."""
+    dense = Measure(anatomy=anatomy, weights={"macs": 1.0})
+    whole = np.array([[group.units for group in anatomy.groups]], dtype=np.float64)
+    goals = {name: share for name in ("parameters", "macs", "bytes") if (share := getattr(budget, name)) is not None}
+    total = {name: float(replace(dense, weights={name: 1.0}).many(whole)[0]) for name in goals}
+    return Measure(anatomy=anatomy, weights={name: 1 / (share * total[name]) for name, share in goals.items()})
 
 
 def uniform(scores: Scores, share: float) -> Plan:
@@ -91,30 +118,70 @@ class Knapsack:
     def dense(self) -> float:
         return self.measure({group.name: group.units for group in self.scores.anatomy.groups})
 
+    @cached_property
+    def _levels(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(counts, errors) per group, in the anatomy's order."""
+        return [(self.curves.counts[g.name], self.curves.errors[g.name]) for g in self.scores.anatomy.groups]
+
     def plan(self, price: float) -> Plan:
         """The plan at a price, in units of error per dense cost (0 keeps everything)."""
-        groups = {group.name: group for group in self.scores.anatomy.groups}
-        chosen = {name: len(self.curves.counts[name]) - 1 for name in groups}
+        return self._plan(self._at(price))
+
+    def within(self, limit: float) -> Plan:
+        """The plan of least predicted error that costs at most `limit`, in the measure's own unit: the first price that
+        keeps to it, then units given back where they restore most for what they cost. The leanest plan where none does."""
+        low, high = -6.0, 6.0
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._cost(self._at(10**middle)) <= limit else (middle, high)
+        return self._plan(self._filled(self._at(10**high), limit))
+
+    def _at(self, price: float) -> np.ndarray:
+        """(groups,) level per group at a price."""
+        chosen = np.array([len(counts) - 1 for counts, _ in self._levels])
         for _ in range(10):
-            before = dict(chosen)
-            for name in groups:
-                totals = [
-                    self.curves.errors[name][level] + price * self._cost({**chosen, name: level}) / self.dense
-                    for level in range(len(self.curves.counts[name]))
-                ]
-                chosen[name] = int(np.argmin(totals))
-            if chosen == before:
+            before = chosen.copy()
+            for place, (_, errors) in enumerate(self._levels):
+                totals = errors + price * self._costs_along(chosen, place) / self.dense
+                chosen[place] = int(np.argmin(totals))
+            if np.array_equal(chosen, before):
                 break
-        return self._plan(chosen)
+        return chosen
 
-    def _plan(self, chosen: Mapping[str, int]) -> Plan:
-        return Plan.top(self.scores.anatomy, self.scores.values, self._counts(chosen))
+    def _filled(self, chosen: np.ndarray, limit: float) -> np.ndarray:
+        """Levels raised one at a time, the best error per cost first, while the limit allows it."""
+        chosen, now = chosen.copy(), self._cost(chosen)
+        while True:
+            best, where = 0.0, -1
+            for place, (_, errors) in enumerate(self._levels):
+                level = chosen[place] + 1
+                if level == len(errors):
+                    continue
+                cost = float(self._costs_along(chosen, place)[level])
+                gain = (errors[level - 1] - errors[level]) / max(cost - now, 1e-12 * self.dense)
+                if cost <= limit and (where < 0 or gain > best):
+                    best, where = gain, place
+            if where < 0:
+                return chosen
+            chosen[where] += 1
+            now = self._cost(chosen)
 
-    def _counts(self, chosen: Mapping[str, int]) -> dict[str, int]:
-        return {name: int(self.curves.counts[name][level]) for name, level in chosen.items()}
+    def _costs_along(self, chosen: np.ndarray, place: int) -> np.ndarray:
+        """Cost of every level of one group with the others as chosen."""
+        counts = self._levels[place][0]
+        kept = np.tile(self._kept(chosen), (len(counts), 1))
+        kept[:, place] = counts
+        return self.measure.many(kept)
 
-    def _cost(self, chosen: Mapping[str, int]) -> float:
-        return self.measure(self._counts(chosen))
+    def _cost(self, chosen: np.ndarray) -> float:
+        return float(self.measure.many(self._kept(chosen)[None])[0])
+
+    def _kept(self, chosen: np.ndarray) -> np.ndarray:
+        return np.array([counts[level] for (counts, _), level in zip(self._levels, chosen)], dtype=np.float64)
+
+    def _plan(self, chosen: np.ndarray) -> Plan:
+        names = [group.name for group in self.scores.anatomy.groups]
+        return Plan.top(self.scores.anatomy, self.scores.values, dict(zip(names, self._kept(chosen).tolist())))
 
 
 def every_plan(scores: Scores, most: int) -> list[Plan] | None:

@@ -168,7 +168,7 @@ def _explore(
     if allocation in ("auto", "knapsack"):
         curves = allocate.Curves.of(scores, method)
         knapsack = allocate.Knapsack(scores=scores, curves=curves, measure=measure)
-        families["knapsack"] = lambda share: knapsack.plan(_price(share))
+        families["knapsack"] = lambda share: knapsack.within(share * knapsack.dense)
     family, best = next(iter(families.values())), None
     try:
         for name, make in families.items():
@@ -180,11 +180,6 @@ def _explore(
     except OutOfBudget:
         best = _leanest(judge, measure)
     return family, best
-
-
-def _price(share: float) -> float:
-    """A price that falls from 10^4 to 10^-5 as the share wished for rises from 0 to 1; nothing goes at share 1."""
-    return 0.0 if share >= 1 else float(10 ** (4 - 9 * share))
 
 
 def _bisect(judge: Judge, make: Family, name: str) -> Plan | None:
@@ -275,7 +270,7 @@ def finish(
     small = cut(model, plan, weights=fixed.weights)
     methods: dict[str, str] = {name: choice.method for name, choice in fixed.choices.items()}
     if calib is not None and method == "least_squares" and plan.share < 1:
-        small, steps = repair_sequentially(model, small, plan, scores.trace.readers, calib)
+        small, steps = repair_sequentially(model, small, plan, calib)
         methods |= {step.tensor: "sequential" for step in steps if step.kept}
         small, renewed = reestimate(model, small, calib)
         if renewed:

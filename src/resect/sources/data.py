@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -97,16 +96,18 @@ def _split(
     certify_from: CertifyFrom,
 ) -> Splits:
     """The five roles. Sizes are shares of what there is, capped where more examples buy nothing."""
-    note = ""
+    note = (
+        f"The certify examples were held out of the training examples by seed {seed}: the certificate counts only for a "
+        "network that was not trained on them."
+    )
     if test is None:
         test, certify, search, train = shuffled(train, seed, _pool_sizes(train.examples))
     elif certify_from == "test":
         certify, test = shuffled(test, seed, (test.examples // 2,))
-        search, train = shuffled(train, seed, (min(10_000, train.examples // 5),))
-        train, search = _joined(train, search), search
+        search, _ = shuffled(train, seed, (min(10_000, train.examples // 5),))
+        note = ""
     else:
         certify, search, train = shuffled(train, seed, (min(10_000, train.examples // 5), min(5_000, train.examples // 10)))
-        note = "certify was held out of the data set's training split"
     calibrate, _ = shuffled(train, seed + 1, (min(10_000, train.examples),))
     return Splits(
         name=name,
@@ -120,10 +121,6 @@ def _split(
     )
 
 
-def _joined(one: ArrayData, other: ArrayData) -> ArrayData:
-    return ArrayData(inputs=torch.cat([one.inputs, other.inputs]), labels=torch.cat([one.labels, other.labels]))
-
-
 def _pool_sizes(examples: int) -> tuple[int, int, int]:
     """(test, certify, search) of a data set without a test split; the rest, some 45 %, is for training.
 
@@ -131,8 +128,3 @@ def _pool_sizes(examples: int) -> tuple[int, int, int]:
     150: of 1,797 digits the certify split takes the largest part after training.
     """
     return examples * 17 // 100, examples * 28 // 100, examples // 10
-
-
-def local(spec: str) -> bool:
-    """Whether `spec` names data that are read without a network."""
-    return spec == "digits" or os.path.isdir(spec) or ":" in spec

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +44,30 @@ def _loaded(spec: str) -> Any:
     except ModuleNotFoundError as missing:
         raise DataError(f"{spec!r} needs the package {missing.name!r}: pip install 'resect[data]'.") from None
     disable_progress_bar()
+    local = Path(spec).is_dir()
     try:
-        if Path(spec).is_dir() and (Path(spec) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(spec)
-        return datasets.load_dataset(_local(spec) if Path(spec).is_dir() else spec)
+        with _silent("datasets", "huggingface_hub"):
+            if local and (Path(spec) / "dataset_dict.json").is_file():
+                return datasets.load_from_disk(spec)
+            return datasets.load_dataset(str(Path(spec).resolve()) if local else spec)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = "the folder" if Path(spec).is_dir() else "the hub id (is this machine online, and the name right?)"
+        where = "the folder" if local else "the hub id (is this machine online, and the name right?)"
         raise DataError(f"{where} {spec!r} could not be loaded as a Hugging Face data set: {reason}") from error
 
 
-def _local(spec: str) -> str:
-    return str(Path(spec).resolve())
+@contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    """Keep libraries from logging what an error of ours will say in one line."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _columns(spec: str, split: Any) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,16 @@ from resect.sources.splits import Splits
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """A network and how to make its architecture again: "module:function" and arguments, where that is known."""
+    """A network and how to make its architecture again: "module:function" and arguments, where that is known.
+
+    trained_on: fingerprint of the train split it is recorded to have been trained on, or "".
+    """
 
     model: nn.Module
     name: str
     architecture: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    trained_on: str = ""
 
 
 def load_model(spec: str, *, architecture: str | None = None) -> Source:
@@ -51,12 +55,14 @@ def load_model(spec: str, *, architecture: str | None = None) -> Source:
 def _from_directory(spec: str, architecture: str | None) -> Source:
     """A saved network; one that is cut already is described by its directory, a dense one by its own architecture."""
     model, record = load(spec, architecture), read_plan(spec)
+    name, trained_on = Path(spec).name, record["data"].get("train", "")
     if record["shapes"] != record["dense_shapes"]:
-        return Source(model=model, name=Path(spec).name, architecture=spec)
+        return Source(model=model, name=name, architecture=spec, trained_on=trained_on)
     recorded = record["architecture"]
     if architecture is not None and (recorded is None or recorded["factory"] != architecture):
         recorded = {"factory": architecture, "arguments": {}}
-    return Source(model=model, name=Path(spec).name, architecture=recorded["factory"], arguments=recorded["arguments"])
+    factory, arguments = recorded["factory"], recorded["arguments"]
+    return Source(model=model, name=name, architecture=factory, arguments=arguments, trained_on=trained_on)
 
 
 def _from_function(spec: str) -> Source:
@@ -74,7 +80,7 @@ def _from_function(spec: str) -> Source:
 def fitted(model: nn.Module, splits: Splits) -> Splits:
     """`splits` in the shape that `model` takes: as they are, or flattened for a network of plain linear layers.
 
-    DataError, with what the network said, where it takes neither.
+    DataError, with what the network said, where it takes neither. ModelError where a module gives NaN or infinite values.
     """
     reasons = []
     for candidate in (splits, splits.flattened()):
@@ -85,8 +91,30 @@ def fitted(model: nn.Module, splits: Splits) -> Splits:
             reasons.append(f"{tuple(candidate.search.inputs.shape)}: {str(error).splitlines()[0]}")
             continue
         if not isinstance(output, torch.Tensor) or output.ndim == 2:
+            _refuse_not_finite(model, candidate.search.inputs[:2])
             return candidate
         reasons.append(
             f"{tuple(candidate.search.inputs.shape)}: its output has shape {tuple(output.shape)}, not (examples, classes)"
         )
     raise DataError(f"the network does not take the examples of {splits.name!r}. Tried " + "; ".join(reasons) + ".")
+
+
+def _refuse_not_finite(model: nn.Module, inputs: torch.Tensor) -> None:
+    """ModelError that names the first module, in execution order, whose output is NaN or infinite."""
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+                raise ModelError(
+                    f"module {name!r} of the network gives NaN or infinite values; check its weights and the inputs."
+                )
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()

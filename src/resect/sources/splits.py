@@ -69,8 +69,8 @@ class Splits:
     """One data set in its roles. `certify` and `test` share no example with anything else.
 
     train: what a network may be trained on. calibrate: unlabelled use, trace and repair; may be part of train. search: judges
-    candidates. certify: opened once. test: nobody's until the final report. trainable: whether `certify` was held out of the
-    data set's training examples, so that a network trained on the whole training split has seen it.
+    candidates. certify: opened once. test: nobody's until the final report. note: what a user must know before trusting a
+    certificate made with them.
     """
 
     name: str

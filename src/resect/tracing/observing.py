@@ -25,7 +25,19 @@ CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
 PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm}
 TRANSPOSES = {torch.t, torch.Tensor.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.transpose, torch.Tensor.transpose}  # type: ignore[attr-defined]
+ADDITIONS = {
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.__iadd__,
+}
+NORMS = {F.batch_norm: 1, torch.batch_norm: 3}
 CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+Follow = Callable[[Any, tuple[Any, ...], dict[str, Any], torch.Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +46,8 @@ class Reader:
 
     axis: the contracted axis of the stored weight. offset: name of the tensor into which a constant of the reader's output can
     be folded (its bias, or the running mean of the batch norm right behind it, then with sign -1), or None. calls: how often
-    the weight is read in one forward pass.
+    the weight is read in one forward pass. norm: the batch norm module right behind it. residual: its output (behind the norm)
+    is added to another activation, which is there before it.
     """
 
     tensor: str
@@ -48,6 +61,8 @@ class Reader:
     offset: str | None = None
     sign: int = 1
     calls: int = 1
+    norm: str | None = None
+    residual: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,17 +76,18 @@ class Reading:
 
 
 class _Watch(TorchFunctionMode):
-    """Reports calls whose weight is watched. `prepare` may replace the input of the call (to ask for its gradient)."""
+    """Reports calls whose weight is watched. `prepare` may replace the input of the call (to ask for its gradient); `follow`
+    is told of every other call that returns a tensor."""
 
     def __init__(
         self,
         names: dict[int, str],
         callback: Callable[[Reading], None],
         prepare: Callable[[torch.Tensor], torch.Tensor] | None,
-        on_norm: Callable[[torch.Tensor, torch.Tensor], None] | None,
+        follow: Follow | None,
     ):
         super().__init__()
-        self.names, self.callback, self.prepare, self.on_norm = names, callback, prepare, on_norm
+        self.names, self.callback, self.prepare, self.follow = names, callback, prepare, follow
         # Transposed views of weights, by identity; the views are kept so that an identity is not used twice.
         self.turned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -80,7 +96,10 @@ class _Watch(TorchFunctionMode):
         found = self._match(func, args, kwargs)
         if found is None:
             output = func(*args, **kwargs)
-            self._follow(func, args, kwargs, output)
+            if func in TRANSPOSES and isinstance(output, torch.Tensor) and self._name(args[0]) is not None and output.ndim == 2:
+                self.turned[id(output)] = (output, args[0])
+            elif self.follow is not None and isinstance(output, torch.Tensor):
+                self.follow(func, args, kwargs, output)
             return output
         reader, position, weight = found
         inputs = args[position] if len(args) > position else kwargs["input"]
@@ -145,14 +164,6 @@ class _Watch(TorchFunctionMode):
         )
         return reader, 0, call["weight"]
 
-    def _follow(self, func, args, kwargs, output) -> None:
-        if func in TRANSPOSES and isinstance(output, torch.Tensor) and self._name(args[0]) is not None and output.ndim == 2:
-            self.turned[id(output)] = (output, args[0])
-        elif self.on_norm is not None and func in (F.batch_norm, torch.batch_norm):
-            mean = _argument(args, kwargs, 1 if func is F.batch_norm else 3, "running_mean")
-            if isinstance(mean, torch.Tensor):
-                self.on_norm(args[0], mean)
-
 
 def _argument(args, kwargs, position: int, name: str) -> Any:
     return args[position] if len(args) > position else kwargs.get(name)
@@ -179,7 +190,7 @@ def observing(
     callback: Callable[[Reading], None],
     *,
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    on_norm: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    follow: Follow | None = None,
 ) -> TorchFunctionMode:
     """A context in which `callback` gets a Reading for every product with one of the weights named in `tensors`.
 
@@ -192,7 +203,7 @@ def observing(
     >>> seen
     [torch.Size([5, 3])]
     """
-    return _Watch(watched(model, tensors), callback, prepare, on_norm)
+    return _Watch(watched(model, tensors), callback, prepare, follow)
 
 
 def reader_tensors(anatomy: Anatomy) -> list[str]:
@@ -200,33 +211,55 @@ def reader_tensors(anatomy: Anatomy) -> list[str]:
     return list(dict.fromkeys(part.tensor for group in anatomy.groups for part in group.readers))
 
 
-def survey(model: nn.Module, anatomy: Anatomy) -> dict[str, Reader]:
+def survey(model: nn.Module, anatomy: Anatomy, tensors: Iterable[str] | None = None) -> dict[str, Reader]:
     """The facts of every reader that can be observed, in execution order, from one pass over the anatomy's example.
 
-    A weight that is read in two different ways (or whose offset another call shares) keeps what is true of all its calls.
+    tensors: names of weights to look for (default: those that read units of some group). Raises ModelError for a weight that is read in two different ways.
     """
-    readers: dict[str, Reader] = {}
-    outputs: dict[int, tuple[torch.Tensor, str]] = {}
-    calls: dict[str, int] = {}
-
-    def seen(reading: Reading) -> None:
-        name = reading.reader.tensor
-        calls[name] = calls.get(name, 0) + 1
-        if name in readers and readers[name].op != reading.reader.op:
-            raise ModelError(f"{name} is read both as {readers[name].op} and as {reading.reader.op}; add it to ignore=")
-        readers[name] = reading.reader
-        outputs[id(reading.output)] = (reading.output, name)
-
-    def normed(inputs: torch.Tensor, mean: torch.Tensor) -> None:
-        owner = outputs.get(id(inputs))
-        buffer = names.get(-id(mean))
-        if owner is not None and buffer is not None and readers[owner[1]].offset is None:
-            readers[owner[1]] = replace(readers[owner[1]], offset=buffer, sign=-1)
-
-    names = watched(model, reader_tensors(anatomy))
+    looking = _Survey(names=watched(model, reader_tensors(anatomy) if tensors is None else tensors))
     args, kwargs = anatomy.example
     size = next((int(v.shape[0]) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), 1)
     batch = Batch(args=args, kwargs=kwargs, labels=None, mask=None, size=size)
-    with torch.no_grad(), _Watch(names, seen, None, normed):
+    with torch.no_grad(), _Watch(looking.names, looking.see, None, looking.follow):
         forward(model, batch, device=device_of(model))
-    return {name: replace(reader, calls=calls[name]) for name, reader in readers.items()}
+    return looking.readers
+
+
+class _Survey:
+    """Follows what readers make until it is added to something: through a batch norm, and dropouts that do nothing."""
+
+    def __init__(self, names: dict[int, str]):
+        self.names = names
+        self.readers: dict[str, Reader] = {}
+        self.made: dict[int, tuple[torch.Tensor, str]] = {}
+
+    def see(self, reading: Reading) -> None:
+        name = reading.reader.tensor
+        known = self.readers.get(name)
+        if known is not None and known.op != reading.reader.op:
+            raise ModelError(f"{name} is read both as {known.op} and as {reading.reader.op}; add it to ignore=")
+        self.readers[name] = replace(reading.reader, calls=known.calls + 1 if known else 1)
+        self.made[id(reading.output)] = (reading.output, name)
+
+    def follow(self, func, args, kwargs, output: torch.Tensor) -> None:
+        if func in NORMS:
+            self._norm(args, _argument(args, kwargs, NORMS[func], "running_mean"), output)
+        elif func is F.dropout and id(args[0]) in self.made:
+            self.made[id(output)] = (output, self.made[id(args[0])][1])
+        elif func in ADDITIONS and len(args) == 2 and all(isinstance(a, torch.Tensor) for a in args):
+            terms = [self.made[id(a)][1] for a in args if id(a) in self.made]
+            if terms and args[0].shape == args[1].shape:
+                # Where both terms were read just now, the later reader finds the other term ready.
+                order = list(self.readers)
+                last = max(terms, key=order.index)
+                self.readers[last] = replace(self.readers[last], residual=self.readers[last].calls == 1)
+
+    def _norm(self, args, mean: Any, output: torch.Tensor) -> None:
+        buffer = self.names.get(-id(mean)) if isinstance(mean, torch.Tensor) else None
+        if buffer is None or id(args[0]) not in self.made:
+            return
+        name = self.made[id(args[0])][1]
+        if self.readers[name].offset is None:
+            self.readers[name] = replace(self.readers[name], offset=buffer, sign=-1)
+        self.readers[name] = replace(self.readers[name], norm=buffer.rpartition(".")[0])
+        self.made[id(output)] = (output, name)

@@ -24,7 +24,7 @@ def convolution(call: Call) -> Followed:
     x, weight = call.marks("input") if call.get("input") is not None else call.marks("self"), call.marks("weight")
     transposed, groups = bool(call.get("transposed")), int(call["groups"])
     _count(call, x, weight, transposed)
-    batch = _outside(call.book, x)
+    batch = _outside(call.book, x, pointwise=_is_pointwise(call, weight))
     read = channels(call.book, x, 1)
     for labels in x.stats:
         call.book.pin(labels, "its mean or norm is read by a convolution")
@@ -50,12 +50,18 @@ def _count(call: Call, x: Marks, weight: Marks, transposed: bool) -> None:
     call.product(x.shape[0] * math.prod(space) * math.prod(weight.shape), x, weight)
 
 
-def _outside(book: Book, x: Marks) -> list[Plane]:
-    """Planes that are not on the channel axis: carried where they are on the batch axis, else pinned."""
+def _is_pointwise(call: Call, weight: Marks) -> bool:
+    """Whether every place is worked on alone."""
+    steps = (*call["stride"], *weight.shape[2:])
+    return all(s == 1 for s in steps) and not any(call["padding"])
+
+
+def _outside(book: Book, x: Marks, *, pointwise: bool) -> list[Plane]:
+    """Planes that are not on the channel axis: carried on the batch axis, and in space where windows are single places."""
     carried = []
     for p in x.planes:
         if p.shape[1] == 1:
-            if any(a > 1 for a in axes(p)):
+            if any(a > 1 for a in axes(p)) and not pointwise:
                 book.pin(p, SPACE)
             else:
                 carried.append(p)

@@ -60,6 +60,10 @@ def index(call: Call) -> Followed:
     dims = _indexed(chosen)
     planes, ndim = [], len(call.shape)
     for p in x.planes:
+        if len(dims) == 1 and p.shape[dims[0]] > 1 and _made_on_the_way(call, chosen[dims[0]]):
+            # positions written in the model's code: whether they hold after a cut is for verification to say
+            planes.append(p.index_select(dims[0], chosen[dims[0]] % x.shape[dims[0]]))
+            continue
         if any(p.shape[d] > 1 for d in dims):
             p_rest = mix(call.book, replace(x, planes=(p,)), dims, INDEXED).planes
             if not p_rest:
@@ -69,6 +73,11 @@ def index(call: Call) -> Followed:
     lookup = [call.of(t) for t in chosen if t is not None]
     source = "activation" if any(m.source == "activation" for m in (x, *lookup)) else x.source
     return Marks(shape=call.shape, planes=tuple(planes), source=source)
+
+
+def _made_on_the_way(call: Call, index: Tensor) -> bool:
+    how = call.of(index)
+    return index.ndim == 1 and index.dtype == torch.int64 and index.device.type != "meta" and how.source == "constant"
 
 
 def _indexed(chosen: Sequence[Tensor | None]) -> list[int]:
