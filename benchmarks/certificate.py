@@ -1,6 +1,6 @@
 """How often a certified floor is broken, and what the certificate costs: 500 redraws of the splits on real pruned networks.
 
-    python benchmarks/certificate.py --data FOLDER        # MNIST; default: $RESECT_DATA/mnist; half an hour on one core
+    python benchmarks/certificate.py --data FOLDER        # MNIST; default: $RESECT_DATA/mnist; 10 minutes of one core
 
 A 784-512-256-10 network is trained on 30,000 digits, and several hundred pruned and repaired versions of it are judged once
 on the other 40,000: the pool. Every draw then takes a search and a certify split of n digits each from the pool, without

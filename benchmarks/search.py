@@ -96,8 +96,8 @@ def report(runs: list[dict[str, Any]]) -> str:
                 ]
             )
     columns = [
-        "floor", "allocation", "certified", "kept on test", "neurons removed, %", "MACs kept", "test loss, points", "search passes",
-        "seconds", "speedup, batch 1", "speedup, batch 64",
+        "floor", "allocation", "certified", "kept on test", "neurons removed, %", "MACs kept", "test loss, points",
+        "search passes", "seconds", "speedup, batch 1", "speedup, batch 64",
     ]  # fmt: skip
     head = "# MNIST 784-512-256-10: the whole job, from a trained network to a certified one\n\n"
     return head + "Mean ± standard deviation over seeds. Made by benchmarks/search.py.\n\n" + table(columns, rows)

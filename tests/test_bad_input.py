@@ -189,3 +189,11 @@ def test_ctrl_c_keeps_the_trials_that_ended(tmp_path, monkeypatch: pytest.Monkey
     lines = file.read_text().splitlines()
     assert len(lines) == 3
     assert all(line.startswith("{") and line.endswith("}") for line in lines)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = small_net()
+    with torch.no_grad():
+        model[2].weight[1, 1] = float("nan")
+    with pytest.raises(ModelError, match=r"2\.weight holds values that are not finite"):
+        resect.prune(model, DATA, DATA, floor=GOAL)

@@ -169,3 +169,31 @@ def test_the_race_never_judges_more_than_it_needs(wide) -> None:
     assert trial.above
     assert trial.examples < 1000
     assert judge.judge(uniform(scores, 0.5), "uniform") is trial
+
+
+def test_a_budget_is_kept_and_fitted_as_well_as_it_can(wide) -> None:
+    model, scores = wide
+    data = blobs(1000, seed=2)
+    for budget in (resect.Budget(macs=0.4), resect.Budget(parameters=0.3), resect.Budget(parameters=0.5, macs=0.3)):
+        found = resect.fit(model, scores, budget, data, val=blobs(2000, seed=3))
+        shares = found.cost.share_of(found.dense_cost)
+        limits = {"macs": budget.macs, "parameters": budget.parameters}
+        assert all(shares[name] <= limit for name, limit in limits.items() if limit is not None)
+        assert max(shares[name] / limit for name, limit in limits.items() if limit is not None) > 0.9
+        assert sum(p.numel() for p in found.model.parameters()) == found.cost.parameters
+        assert found.search_accuracy > found.dense_search_accuracy - 0.1
+        assert not found.certified
+
+
+def test_a_budget_that_cannot_be_met_says_what_can(wide) -> None:
+    model, scores = wide
+    with pytest.raises(resect.GoalError, match="not even the leanest network"):
+        resect.fit(model, scores, resect.Budget(parameters=0.001), blobs(200))
+    with pytest.raises(resect.GoalError, match="the fastest took"):
+        resect.fit(model, scores, resect.Budget(latency_ms=1e-7), blobs(200))
+
+
+def test_a_latency_budget_is_met_by_the_network_itself(wide) -> None:
+    model, scores = wide
+    found = resect.fit(model, scores, resect.Budget(latency_ms=1e4), blobs(200))
+    assert found.plan.share > 0.9

@@ -22,7 +22,7 @@ from resect.pipeline import prune
 from resect.plan import Cost, Plan
 from resect.repair import reestimate, repair, repair_sequentially
 from resect.scoring import SCORERS, Scores, score, scorer
-from resect.searching import Budget, Certificate, Floor, Found, Trial, certify, search
+from resect.searching import Budget, Certificate, Floor, Found, Trial, certify, fit, search
 from resect.surgery import cut, masked, verify
 from resect.tracing import Evidence, Trace, trace
 
@@ -31,6 +31,6 @@ __version__ = "0.1.0"
 __all__ = [
     "SCORERS", "Anatomy", "Budget", "Certificate", "Cost", "DataError", "Evaluation", "Evidence", "FileError", "Floor", "Found",
     "GoalError", "Group", "Latency", "ModelError", "Plan", "PlanError", "ResectError", "ScoreError", "Scores", "SurgeryError",
-    "Trace", "Trial", "certify", "cut", "dissect", "evaluate", "latency", "load", "load_plan", "masked", "prune", "reestimate",
-    "repair", "repair_sequentially", "save", "score", "scorer", "search", "testing", "trace", "verify",
+    "Trace", "Trial", "certify", "cut", "dissect", "evaluate", "fit", "latency", "load", "load_plan", "masked", "prune",
+    "reestimate", "repair", "repair_sequentially", "save", "score", "scorer", "search", "testing", "trace", "verify",
 ]  # fmt: skip

@@ -16,17 +16,19 @@ from resect.batches import select, unpack
 from resect.errors import DataError, FileError, GoalError
 from resect.repair import Method
 from resect.scoring import Scorer, score
-from resect.searching import Floor, Found, Trial, search
+from resect.searching import Budget, Floor, Found, Trial, fit, search
 from resect.searching.search import Allocation, Minimise
 from resect.tracing import Trace, trace
+from resect.tracing.trace import check_ready
 
 
 def prune(
     model: nn.Module,
     calib: Iterable[Any],
-    val: Iterable[Any],
+    val: Iterable[Any] | None = None,
     *,
     floor: Floor | None = None,
+    budget: Budget | None = None,
     certify: Iterable[Any] | None = None,
     scorer: str | Scorer = "auto",
     repair: Method = "least_squares",
@@ -40,7 +42,10 @@ def prune(
     seed: int = 0,
     quiet: bool = True,
 ) -> Found:
-    """Cut a trained network to the smallest one that keeps a floor: dissect, trace, score, search, cut, repair, certify.
+    """Cut a trained network to the smallest one that keeps a floor, or to the best one that a budget allows.
+
+    With a floor: dissect, trace, score, search, cut, repair, certify. With a budget nothing is promised and nothing
+    certified, and `val` only tells the accuracy reached.
 
     calib: batches to trace and repair on, iterable again and again; unlabelled will do for most scorers. val: labelled batches,
     split (seeded, halves) into search and certify unless `certify` is given. scorer: a name, a function, or "auto":
@@ -50,12 +55,19 @@ def prune(
 
     Raises DataError, ModelError and GoalError as `dissect`, `trace` and `search` do. A floor that cannot be met is an outcome.
     """
-    if floor is None:
-        raise GoalError("say what must stay true: prune(..., floor=Floor(accuracy=0.95)) or floor=Floor(drop=0.01)")
+    if (floor is None) == (budget is None):
+        raise GoalError("name one goal: prune(..., floor=Floor(drop=0.01)) or prune(..., budget=Budget(macs=0.5))")
+    if floor is not None and val is None:
+        raise GoalError("a floor is judged on labelled data: give val, which is split into search and certify")
+    check_ready(model)
     data = calib if isinstance(calib, list) else list(calib)
     anatomy = dissect(model, example_of(data), ignore=tuple(ignore), only=tuple(only))
     seen = trace(model, data, anatomy, gradients=scorer == "taylor", quiet=quiet)
     scores = score(seen, best_scorer(seen) if scorer == "auto" else scorer, seed=seed)
+    if budget is not None:
+        return fit(model, scores, budget, data, val=val, method=repair, seed=seed, quiet=quiet)
+    assert floor is not None
+    assert val is not None
     return search(
         model,
         scores,

@@ -183,14 +183,13 @@ class _Counter:
         place = {name: number for number, name in enumerate(names)}
         self.is_parameter = np.array([name in anatomy.parameters for name in names], dtype=np.float64)
         self.itemsize = np.array([torch.empty((), dtype=getattr(torch, anatomy.dtypes[name])).element_size() for name in names])
-        self.per_element, self.per_unit, self.constant = np.zeros(len(names)), np.zeros(len(self.units)), 0.0
+        # MACs add up products: a share of a weight's elements (column 0: no weight) times a group's share (-1: no group).
+        self.terms: dict[int, np.ndarray] = {}
         for product in anatomy.contractions:
-            if product.tensor is not None:
-                self.per_element[place[product.tensor]] += product.macs / max(math.prod(anatomy.shapes[product.tensor]), 1)
-            elif product.group is not None:
-                self.per_unit[self.groups[product.group]] += product.macs / self.units[self.groups[product.group]]
-            else:
-                self.constant += product.macs
+            owner = -1 if product.group is None else self.groups[product.group]
+            column = 0 if product.tensor is None else 1 + place[product.tensor]
+            elements = 1 if product.tensor is None else math.prod(anatomy.shapes[product.tensor])
+            self.terms.setdefault(owner, np.zeros(1 + len(names)))[column] += product.macs / max(elements, 1)
 
     def _widths(self, anatomy: Anatomy, place: Mapping[tuple[str, int], int]) -> np.ndarray:
         """(axes, groups) how much of an axis leaves with one unit."""
@@ -204,7 +203,10 @@ class _Counter:
         """kept: (plans, groups) units that stay; (plans, 3) parameters, MACs and bytes."""
         lengths = np.round(self.sizes - (self.units - kept) @ self.width.T)
         elements = np.multiply.reduceat(lengths, self.starts, axis=1)
-        macs = elements @ self.per_element + kept @ self.per_unit + self.constant
+        weights = np.concatenate([np.ones((len(kept), 1)), elements], axis=1)
+        macs = np.zeros(len(kept))
+        for owner, per in self.terms.items():
+            macs += (weights @ per) * (1.0 if owner < 0 else kept[:, owner] / self.units[owner])
         return np.stack([elements @ self.is_parameter, macs, elements @ self.itemsize], axis=1)
 
 

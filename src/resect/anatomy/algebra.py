@@ -187,14 +187,16 @@ def contract(book: Book, a: Marks, b: Marks, spec: Product) -> Marks:
     _rows_of_heads(book, left, right, spec)
     for letter in spec.summed:
         _sum(book, left, right, letter)
-    planes = _carried(left, spec) + _carried(right, spec)
+    heads = [_carried(p, side, spec) for side in (left, right) for p in (*side.heads, *side.headed)]
+    free = [_carried(p, side, spec) for side in (left, right) for p in side.free]
+    planes = (*_without_doubles([p for p in heads if axes(p)]), *(p for p in free if axes(p)))
     sizes = {**dict(zip(spec.a, a.shape)), **dict(zip(spec.b, b.shape))}
     for c in spec.batch:
         sizes[c] = max(a.shape[spec.a.index(c)], b.shape[spec.b.index(c)])
     where = source((a, b))
     for labels in (*a.stats, *b.stats):
         book.pin(labels, "its mean or norm is read by a product")
-    return Marks(shape=tuple(sizes[c] for c in spec.out), planes=_without_doubles(planes), source=where)  # type: ignore[arg-type]
+    return Marks(shape=tuple(sizes[c] for c in spec.out), planes=planes, source=where)  # type: ignore[arg-type]
 
 
 def _side(book: Book, marks: Marks, letters: str, spec: Product) -> _Side:
@@ -321,19 +323,16 @@ def _pattern(labels: Plane) -> Tensor:
     return torch.unique(labels, return_inverse=True)[1]
 
 
-def _carried(side: _Side, spec: Product) -> list[Plane]:
-    planes = []
-    for p in (*side.heads, *side.free, *side.headed):
-        p = drop(p, (i for i, c in enumerate(side.letters) if c not in spec.out))
-        shape = [p.shape[side.at(c)] if c in side.letters else 1 for c in spec.out]
-        kept = [i for c in spec.out if c in side.letters for i in [side.at(c)]]
-        others = [i for i in range(p.ndim) if i not in kept]
-        planes.append(p.permute(kept + others).reshape(shape))
-    return [p for p in planes if axes(p)]
+def _carried(p: Plane, side: _Side, spec: Product) -> Plane:
+    """A plane of an operand as a plane of the result."""
+    p = drop(p, (i for i, c in enumerate(side.letters) if c not in spec.out))
+    shape = [p.shape[side.at(c)] if c in side.letters else 1 for c in spec.out]
+    kept = [side.at(c) for c in spec.out if c in side.letters]
+    return p.permute(kept + [i for i in range(p.ndim) if i not in kept]).reshape(shape)
 
 
 def _without_doubles(planes: Sequence[Plane]) -> tuple[Plane, ...]:
-    """Planes that vary on axes of another, wider one say nothing more: the product has tied them."""
+    """Planes of heads that vary on axes of another, wider one say nothing more: the product has tied them."""
     return tuple(
         p
         for i, p in enumerate(planes)

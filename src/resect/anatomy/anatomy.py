@@ -92,8 +92,8 @@ class Contraction:
     """One product counted in the cost: `macs` multiply-accumulates for the dense network on one example.
 
     With `tensor` the product reads a weight, and its MACs scale with the number of that weight's elements that remain.
-    Without, it multiplies activations (attention), and its MACs scale with the share of `group`'s units that remain
-    (constant where `group` is None).
+    With `group` they scale with the share of its units that remain as well: products of activations (attention heads), and
+    weights that are applied once for each unit (token mixing). Constant where both are None.
     """
 
     op: str

@@ -21,12 +21,41 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 3e-2, torc
 
 def half(group: Group, seed: int = 0) -> np.ndarray:
     """A random half (at least one, never all) of every part of a group, as a mask of the units that stay."""
-    rng = np.random.default_rng([seed, group.units])
+    return without(group, 0.5, np.random.default_rng([seed, group.units]))
+
+
+def without(group: Group, share: float, rng: np.random.Generator) -> np.ndarray:
+    """The mask of a random plan that removes about `share` of a group: equally many of each part, a count the group allows."""
+    parts = int(group.parts.max()) + 1
+    step = int(np.lcm(parts, group.multiple_of)) // parts
+    most = group.units // parts
+    gone = min(max(round(share * most / step) * step, step), most - step)
     keep = np.ones(group.units, dtype=bool)
-    for part in np.unique(group.parts):
-        members = np.flatnonzero(group.parts == part)
-        keep[rng.permutation(members)[: max(len(members) // 2, 1)]] = False
+    for part in range(parts):
+        keep[rng.permutation(np.flatnonzero(group.parts == part))[: max(gone, 0)]] = False
     return keep
+
+
+def uneven(groups: Sequence[Group]) -> dict[str, np.ndarray]:
+    """A random plan in which groups of one size keep different numbers, so that none can lean on another's width."""
+    seen: dict[int, int] = {}
+    plan = {}
+    for group in groups:
+        place = seen[group.units] = seen.get(group.units, -1) + 1
+        rng = np.random.default_rng([place, group.units])
+        plan[group.name] = without(group, (0.3, 0.5, 0.7)[place % 3], rng)
+    return plan
+
+
+def alternate(groups: Sequence[Group], plan: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The plan for every second group of each size; the others keep all."""
+    seen: dict[int, int] = {}
+    chosen = {}
+    for group in groups:
+        seen[group.units] = seen.get(group.units, -1) + 1
+        if seen[group.units] % 2 == 0:
+            chosen[group.name] = plan[group.name]
+    return chosen
 
 
 def outputs(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
@@ -83,10 +112,12 @@ class Trial:
     def fault(self, groups: Sequence[Group], edits: Edits) -> str | None:
         """None where halves of every one of `groups` can be cut with the effect of masking them; else what went wrong.
 
-        Two plans, so that every unit leaves in one of them: a position that the model's code names literally is found out.
+        A plan and its complement, so that every unit leaves in one of them: a position that the model's code names literally
+        is found out. And only every second group: so is a group that must be as wide as another.
         """
-        keep = {g.name: half(g) for g in groups}
-        return self._fault_of(groups, edits, keep) or self._fault_of(groups, edits, {n: ~k for n, k in keep.items()})
+        keep = uneven(groups)
+        plans = [keep, {n: ~k for n, k in keep.items()}, *([alternate(groups, keep)] if len(groups) > 1 else [])]
+        return next((fault for plan in plans if (fault := self._fault_of(groups, edits, plan))), None)
 
     def _fault_of(self, groups: Sequence[Group], edits: Edits, keep: Mapping[str, np.ndarray]) -> str | None:
         anatomy = replace(self.anatomy, groups=tuple(groups), edits=tuple(e for e in edits if e.group in keep))

@@ -177,7 +177,7 @@ def _batch(inputs: Example) -> int:
 def _contractions(watch: Watch, grouped: Grouped, batch: int) -> Iterator[Contraction]:
     for product in watch.products:
         owner = None
-        if product.tensor is None and product.labels is not None:
+        if product.labels is not None:
             labels = product.labels[product.labels >= 0].numpy()
             owners = np.unique(grouped.group_of[labels])
             owner = grouped.groups[int(owners[-1])].name if len(owners) and owners[-1] >= 0 else None

@@ -97,6 +97,13 @@ class _Resolution:
             clock[one] = clock[other] = np.minimum(clock[one], clock[other])
         return role, clock
 
+    def _multiples(self) -> np.ndarray:
+        """For every class the number whose multiples may stay in its group."""
+        found = np.ones(self.count, np.int64)
+        for labels, of in self.book.multiples:
+            found[self.of[labels[labels >= 0]]] = of
+        return found
+
     def _flag(self, marked: list[np.ndarray]) -> np.ndarray:
         flags = np.zeros(self.count, bool)
         for labels in marked:
@@ -221,7 +228,7 @@ class _Resolution:
         label_group = group_of_class[self.of] if self.count else np.empty(0, np.int64)
         order = np.argsort(label_group, kind="stable")
         bounds = np.searchsorted(label_group[order], np.arange(len(groups) + 1))
-        names = _Names()
+        names, multiple = _Names(), self._multiples()
         done = []
         for g, members in enumerate(groups):
             labels = np.sort(order[bounds[g] : bounds[g + 1]])
@@ -229,7 +236,16 @@ class _Resolution:
             kind = next((k for k, flag in flags.items() if flag[members].any()), "hidden")
             if kind == "hidden" and re.search(r"(^|\.)experts?\.", next(s.tensor for s in slices if s.role == "writer")):
                 kind = "expert"
-            done.append(Group(name=names(slices, kind), kind=kind, units=len(members), slices=slices, parts=parts[g]))  # type: ignore[arg-type]
+            done.append(
+                Group(
+                    name=names(slices, kind),
+                    kind=kind,
+                    units=len(members),
+                    slices=slices,
+                    parts=parts[g],
+                    multiple_of=int(multiple[members[0]]),
+                )
+            )  # type: ignore[arg-type]
         return Grouped(groups=tuple(done), pins=tuple(self._pinned()), group_of=label_group)
 
     def _slices(self, labels: np.ndarray, units: np.ndarray, count: int) -> tuple[Slices, ...]:

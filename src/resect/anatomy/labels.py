@@ -148,6 +148,7 @@ class Book:
         self.shared_roles: list[tuple[np.ndarray, np.ndarray]] = []
         self.streams: list[np.ndarray] = []
         self.heads: list[np.ndarray] = []
+        self.multiples: list[tuple[np.ndarray, int]] = []
         self.experts: list[np.ndarray] = []
         self.partitions: list[tuple[np.ndarray, np.ndarray, Where, bool]] = []
         self.folds: dict[bytes, tuple[np.ndarray, Where]] = {}
@@ -209,6 +210,10 @@ class Book:
     def head(self, labels: Tensor) -> None:
         """The units of `labels` are attention heads: whole batch indices of a product of activations."""
         self.heads.append(labels.numpy().ravel())
+
+    def multiple(self, labels: Tensor, of: int) -> None:
+        """Only multiples of `of` units may stay: a kernel asks for it."""
+        self.multiples.append((labels.numpy().ravel(), of))
 
     def expert(self, labels: Tensor) -> None:
         """The units of `labels` are neurons inside experts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,7 +100,9 @@ class Call:
 
     def product(self, macs: float, *operands: Marks, labels: Tensor | None = None) -> None:
         """Count one contraction."""
-        weight = next((m.name for m in operands if m.name is not None and m.source == "parameter"), None)
+        weights = [m for m in operands if m.name is not None and m.source == "parameter"]
+        # of two weights the larger one says more about what remains
+        weight = max(weights, key=lambda m: math.prod(m.shape)).name if weights else None
         self.watch.products.append(Product(op=self.name, macs=int(macs), tensor=weight, labels=labels))
 
 
@@ -207,6 +210,16 @@ class Watch(TorchDispatchMode):
                     self.book.fold(small)
         self._marks[tensor] = replace(marks, shape=shape, planes=tuple(planes), flat=marks.flat | _flat(tensor))
 
+    def adopt(self, tensor: Tensor, met: Marks) -> None:
+        """A constant that met units along a width of its own must follow them: the next units it meets are tied to these."""
+        own = self.marks(tensor)
+        if own.planes or own.source != "constant" or not met.planes or own.name is not None:
+            return
+        seen = own.lifted(len(met.shape))
+        kept = [p for p in met.planes if all(seen.shape[a] == met.shape[a] for a in axes(p))]
+        if len(own.shape) == len(met.shape) and kept:
+            self._marks[tensor] = replace(own, planes=tuple(kept), flat=own.flat - {a for p in kept for a in axes(p)})
+
     def input(self, tensor: Tensor) -> None:
         """Mark a tensor as the network's input."""
         self._marks[tensor] = Marks(shape=tuple(tensor.shape), source="activation")
@@ -311,6 +324,8 @@ def elementwise(call: Call) -> Followed:
     if not operands:
         return None
     result = meet(call.book, *operands)
+    for tensor in call.tensors:
+        call.watch.adopt(tensor, result)
     return result if isinstance(call.out, Tensor) else [result] * len(tree_leaves(call.out))
 
 

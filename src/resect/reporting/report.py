@@ -100,7 +100,9 @@ def _accuracy_rows(report: Report) -> list[Row]:
     if certificate is not None and certificate.dense_correct is not None and certificate.labelled:
         row = _accuracy_row("certify", certificate.dense_correct / certificate.examples, certificate.accuracy)
         rows.append(replace(row, remark=f"(n = {certificate.examples:,})"))
-    return [*rows, _accuracy_row("search", found.dense_search_accuracy, found.search_accuracy)]
+    if found.search_accuracy == found.search_accuracy:  # NaN where a budget was fitted without labelled data
+        rows.append(_accuracy_row("search", found.dense_search_accuracy, found.search_accuracy))
+    return rows
 
 
 def interval(evaluation: Evaluation, delta: float = 0.05) -> tuple[float, float]:
@@ -162,7 +164,7 @@ def notes(report: Report) -> tuple[str, ...]:
         for entry in report.latency
         if not entry.faster
     ]
-    warnings = [entry.warning for entry in report.latency if entry.warning]
+    warnings = [f"Latency: {entry.warning}." for entry in report.latency if entry.warning][:1]
     return tuple(dict.fromkeys([*_below_on_test(report), *report.found.notes, *report.notes, *slow, *warnings]))
 
 

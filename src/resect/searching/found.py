@@ -45,8 +45,9 @@ class Found:
 
     model: the delivered network, an ordinary smaller module (the safest one tried when the floor could not be certified).
     certificate: None without a certify split. frozen: digests of the networks that were fixed before the certify split was
-    opened, in the order of the walk. passes: what the search cost, in forward passes of the dense network over the search
-    split. repaired: method per reader. notes: what a user should know, in sentences.
+    opened, in the order of the walk. search_accuracy: NaN where a budget was fitted without labelled data. passes: what the
+    search cost, in forward passes of the dense network over the search split. repaired: method per reader. notes: what a user
+    should know, in sentences.
     """
 
     model: nn.Module

@@ -14,15 +14,16 @@ from resect.batches import divide, unpack
 from resect.errors import DataError, GoalError
 from resect.evaluation import Evaluation, evaluate
 from resect.plan import Plan
-from resect.repair import Method, reestimate, repair, repair_sequentially
+from resect.repair import Method
 from resect.scoring import Scores
 from resect.searching import allocation as allocate
 from resect.searching.certificate import Certificate, certify
+from resect.searching.finishing import finish
 from resect.searching.floor import Floor
 from resect.searching.found import Found, Trial
 from resect.searching.judging import Judge, OutOfBudget
 from resect.searching.ladder import ladder
-from resect.surgery import check_deterministic, cut, state_digest
+from resect.surgery import check_deterministic, state_digest
 from resect.tracing.trace import check_ready
 
 Allocation = Literal["auto", "uniform", "threshold", "knapsack"]
@@ -135,6 +136,10 @@ def _check(allocation: str, minimise: str, evaluations: int) -> None:
 
 
 def _check_floor(floor: Floor, dense: Evaluation) -> None:
+    if floor.label is not None:
+        raise GoalError(
+            f"search() keeps a floor over all classes, and was given one on class {floor.label} alone; leave label out"
+        )
     if floor.accuracy is not None and floor.accuracy > dense.accuracy:
         raise GoalError(
             f"the floor is {floor.accuracy:.2%}, but the dense network itself has {dense.accuracy:.2%} on the search split "
@@ -260,22 +265,6 @@ def _at_cost(scores: Scores, centre: Plan, measure: allocate.Measure, target: fl
         plan = Plan.top(scores.anatomy, scores.values, {name: round(count) for name, count in counts.items()})
         low, high = (middle, high) if measure(plan.kept) < target else (low, middle)
     return plan
-
-
-def finish(
-    model: nn.Module, scores: Scores, plan: Plan, calib: list[Any] | None, method: Method
-) -> tuple[nn.Module, dict[str, str]]:
-    """The network of a plan as it would ship: cut, verified, and repaired as far as the data at hand allow."""
-    fixed = repair(scores.trace, plan, method)
-    small = cut(model, plan, weights=fixed.weights)
-    methods: dict[str, str] = {name: choice.method for name, choice in fixed.choices.items()}
-    if calib is not None and method == "least_squares" and plan.share < 1:
-        small, steps = repair_sequentially(model, small, plan, calib)
-        methods |= {step.tensor: "sequential" for step in steps if step.kept}
-        small, renewed = reestimate(model, small, calib)
-        if renewed:
-            methods["batch norm statistics"] = "re-estimated"
-    return small, methods
 
 
 def _freeze(candidates: list[Candidate], judge: Judge, floor: Floor, n_certify: int, level: float) -> list[Candidate]:

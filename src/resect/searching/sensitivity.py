@@ -39,9 +39,9 @@ def divergence(expected: Sequence[Tensor], model: nn.Module, data: Sequence[Any]
 def weighed(
     curves: Curves, model: nn.Module, scores: Scores, data: Sequence[Any], method: Method, *, quiet: bool = True
 ) -> tuple[Curves, float]:
-    """Curves in nats of divergence from the dense network's answers, and the network's forward passes over `data` spent.
+    """Curves in nats of divergence from the dense network's answers, and the passes it took.
 
-    Each group alone is cut to 70 and to 40 % of its units, repaired from the trace, and run on a few hundred examples: the ratio
+    Each group alone is cut to 70 and to 40 % of its units, repaired from the trace, and run on some examples: the ratio
     of the divergence to the predicted error, interpolated in between, weighs the group's whole curve. Labels are not used.
     """
     few = first_examples(data, EXAMPLES)

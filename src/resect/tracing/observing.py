@@ -103,6 +103,9 @@ class _Watch(TorchFunctionMode):
             return output
         reader, position, weight = found
         inputs = args[position] if len(args) > position else kwargs["input"]
+        if -id(inputs) in self.names:
+            # A weight times a weight (an adapter being merged) is not a unit being read.
+            return func(*args, **kwargs)
         if self.prepare is not None:
             inputs = self.prepare(inputs)
             if len(args) > position:
@@ -214,7 +217,8 @@ def reader_tensors(anatomy: Anatomy) -> list[str]:
 def survey(model: nn.Module, anatomy: Anatomy, tensors: Iterable[str] | None = None) -> dict[str, Reader]:
     """The facts of every reader that can be observed, in execution order, from one pass over the anatomy's example.
 
-    tensors: names of weights to look for (default: those that read units of some group). Raises ModelError for a weight that is read in two different ways.
+    tensors: names of weights to look for (default: those that read units of some group). Raises ModelError for a weight that
+    is read in two different ways.
     """
     looking = _Survey(names=watched(model, reader_tensors(anatomy) if tensors is None else tensors))
     args, kwargs = anatomy.example

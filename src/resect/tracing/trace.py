@@ -211,10 +211,13 @@ def trace(
 
 
 def check_ready(model: nn.Module) -> None:
-    """Raise ModelError unless the network and all its modules are in evaluation mode."""
+    """Raise ModelError unless the network and all its modules are in evaluation mode and its tensors are finite."""
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise ModelError(f"the network is in training mode ({training[0]}, {len(training)} modules); call model.eval() first")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} holds values that are not finite (NaN or inf); load a sound checkpoint")
 
 
 class _Pass:

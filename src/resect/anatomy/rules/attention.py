@@ -32,6 +32,7 @@ def attention(call: Call) -> Followed:
     bias = call.get("attn_mask") if call.get("attn_mask") is not None else call.get("attn_bias")
     if isinstance(bias, Tensor):
         scores = meet(call.book, scores, call.of(bias))
+        call.watch.adopt(bias, scores)
     out = contract(call.book, mix(call.book, scores, [3]), v, _OUTPUT)
     batch, many, targets, width = q.shape
     macs = batch * many * targets * k.shape[2] * (width + v.shape[3])

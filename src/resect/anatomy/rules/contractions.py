@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from resect.anatomy.algebra import Product, contract, meet
-from resect.anatomy.labels import Book, Marks, axes, on_axis, vector
+from resect.anatomy.labels import Book, Marks, axes, drop, on_axis, vector
 from resect.anatomy.watching import Call, Followed, rule
 
 
@@ -16,8 +16,21 @@ def multiply(call: Call, a: Marks, b: Marks, spec: Product) -> Marks:
     """One contraction, followed and counted."""
     out = contract(call.book, a, b, spec)
     sizes = {**dict(zip(spec.b, b.shape)), **dict(zip(spec.a, a.shape))}
-    call.product(math.prod(sizes.values()), a, b, labels=heads(out, spec))
+    if "parameter" not in (a.source, b.source):
+        labels = heads(out, spec)
+    else:
+        labels = rows(b, spec.b, spec) if a.source == "parameter" else rows(a, spec.a, spec)
+    call.product(math.prod(sizes.values()), a, b, labels=labels)
     return out
+
+
+def rows(x: Marks, letters: str, spec: Product) -> Tensor | None:
+    """The labels on axes of an activation that a weight does not read: the product is done once for each of them."""
+    for p in x.planes:
+        free = [i for i in axes(p) if letters[i] not in spec.summed]
+        if free and x.source == "activation":
+            return drop(p, (i for i in axes(p) if i not in free)).reshape(-1)
+    return None
 
 
 def heads(out: Marks, spec: Product) -> Tensor | None:
@@ -96,6 +109,10 @@ def grouped_mm(call: Call) -> Followed:
     for p in b.planes:
         if p.shape[0] > 1:
             call.book.pin(p, "one of several experts, chosen by the input")
+    aligned = max(16 // call.tensors[0].element_size(), 1)
+    for p in (*a.planes, *(q for q in b.planes if q.shape[0] == 1)):
+        # the kernel reads rows of whole 16 bytes
+        call.book.multiple(p, aligned)
     inner = replace(b, shape=b.shape[1:], planes=tuple(p[0] for p in b.planes if p.shape[0] == 1), flat=frozenset())
     out = contract(call.book, a, inner, Product(a="mk", b="kn", out="mn"))
     call.product(a.shape[0] * a.shape[1] * b.shape[2], a, b)

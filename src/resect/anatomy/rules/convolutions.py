@@ -23,8 +23,10 @@ def convolution(call: Call) -> Followed:
     """Every kind of convolution; the channel axis of activations is axis 1."""
     x, weight = call.marks("input") if call.get("input") is not None else call.marks("self"), call.marks("weight")
     transposed, groups = bool(call.get("transposed")), int(call["groups"])
-    _count(call, x, weight, transposed)
     batch = _outside(call.book, x, pointwise=_is_pointwise(call, weight))
+    space = math.prod(x.shape[2:] if transposed else call.shape[2:])
+    labels = batch[0].reshape(-1) if batch else None
+    call.product(x.shape[0] * space * math.prod(weight.shape), x, weight, labels=labels)
     read = channels(call.book, x, 1)
     for labels in x.stats:
         call.book.pin(labels, "its mean or norm is read by a convolution")
@@ -43,11 +45,6 @@ def convolution(call: Call) -> Followed:
     if call.get("bias") is None:
         return out
     return meet(call.book, out, per_channel(call.marks("bias"), ndim))
-
-
-def _count(call: Call, x: Marks, weight: Marks, transposed: bool) -> None:
-    space = x.shape[2:] if transposed else call.shape[2:]
-    call.product(x.shape[0] * math.prod(space) * math.prod(weight.shape), x, weight)
 
 
 def _is_pointwise(call: Call, weight: Marks) -> bool:
