@@ -170,3 +170,22 @@ def test_traces_of_different_networks_do_not_add() -> None:
     traces = [resect.trace(m, [x], resect.dissect(m, x[:2])) for m in (one, other)]
     with pytest.raises(resect.DataError, match="two different networks"):
         traces[0] + traces[1]
+
+
+def test_groups_whose_readers_cannot_be_observed_are_left_alone() -> None:
+    class Merged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.gain = nn.Parameter(torch.ones(3, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(F.relu(self.first(x)), self.second.weight * self.gain, self.second.bias)
+
+    model, x = Merged().eval(), torch.randn(50, 4)
+    anatomy = resect.dissect(model, x[:2])
+    trace = resect.trace(model, [x], anatomy)
+    assert [group.name for group in anatomy.groups] == ["first"]
+    assert trace.anatomy.groups == ()
+    assert any(pin.name == "first" and "cannot be observed" in pin.reason for pin in trace.anatomy.pins)

@@ -38,6 +38,7 @@ def prune(
     seconds: float | None = None,
     ignore: Iterable[str] = (),
     only: Iterable[str] = (),
+    streams: bool = False,
     trials: str | os.PathLike[str] | None = None,
     seed: int = 0,
     quiet: bool = True,
@@ -50,8 +51,9 @@ def prune(
     calib: batches to trace and repair on, iterable again and again; unlabelled will do for most scorers. val: labelled batches,
     split (seeded, halves) into search and certify unless `certify` is given. scorer: a name, a function, or "auto":
     `reconstruction` where every reader has second moments, else `activation_weight`. ignore, only: regular expressions on the
-    names of groups. trials: a file to which every trial is appended as a line of JSON as it ends, so that an interrupted search
-    leaves what it learned. The other arguments are those of `search`.
+    names of groups. streams: also cut residual streams that pass through a layer norm, where a cut changes the norm. trials: a
+    file to which every trial is appended as a line of JSON as it ends, so that an interrupted search leaves what it learned.
+    The other arguments are those of `search`.
 
     Raises DataError, ModelError and GoalError as `dissect`, `trace` and `search` do. A floor that cannot be met is an outcome.
     """
@@ -62,6 +64,9 @@ def prune(
     check_ready(model)
     data = calib if isinstance(calib, list) else list(calib)
     anatomy = dissect(model, example_of(data), ignore=tuple(ignore), only=tuple(only))
+    if not streams:
+        names = [group.name for group in anatomy.groups if group.kind == "stream"]
+        anatomy = anatomy.without(names, "residual stream behind a layer norm; streams=True allows it")
     seen = trace(model, data, anatomy, gradients=scorer == "taylor", quiet=quiet)
     scores = score(seen, best_scorer(seen) if scorer == "auto" else scorer, seed=seed)
     if budget is not None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -159,6 +159,17 @@ class Anatomy:
     def __str__(self) -> str:
         """A table of the groups, of what stays and why, and of the share of parameters that belong to units."""
         return table.render(self)
+
+    def without(self, names: Iterable[str], reason: str) -> Anatomy:
+        """The same network with some groups left alone: they become pins with a reason."""
+        left = set(names)
+        pins = tuple(Pin(name=g.name, units=g.units, reason=reason) for g in self.groups if g.name in left)
+        return replace(
+            self,
+            groups=tuple(g for g in self.groups if g.name not in left),
+            pins=self.pins + pins,
+            contractions=tuple(replace(c, group=None) if c.group in left else c for c in self.contractions),
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -186,11 +186,8 @@ def _contractions(watch: Watch, grouped: Grouped, batch: int) -> Iterator[Contra
 
 def _chosen(anatomy: Anatomy, ignore: Sequence[str], only: Sequence[str]) -> Anatomy:
     """The anatomy without the groups that the caller wants left alone."""
-    kept = [g for g in anatomy.groups if not _matches(g, ignore) and (not only or _matches(g, only))]
-    left = {g.name for g in anatomy.groups} - {g.name for g in kept}
-    pins = tuple(Pin(name=g.name, units=g.units, reason="left alone on request") for g in anatomy.groups if g.name in left)
-    contractions = tuple(replace(c, group=None if c.group in left else c.group) for c in anatomy.contractions)
-    return replace(anatomy, groups=tuple(kept), pins=anatomy.pins + pins, contractions=contractions)
+    left = [g.name for g in anatomy.groups if _matches(g, ignore) or (only and not _matches(g, only))]
+    return anatomy.without(left, "left alone on request")
 
 
 def _matches(found: Group, patterns: Sequence[str]) -> bool:

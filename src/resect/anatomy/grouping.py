@@ -10,7 +10,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from resect.anatomy.anatomy import Group, Pin, Slices
+from resect.anatomy.anatomy import Group, Kind, Pin, Slices
 from resect.anatomy.labels import Book
 
 _ROLES = ("carrier", "writer", "reader")
@@ -218,10 +218,7 @@ class _Resolution:
     # results ----------------------------------------------------------------------------------------------------------
 
     def _finished(self, group_of_class: np.ndarray, groups: list[np.ndarray], parts: list[np.ndarray]) -> Grouped:
-        flags = {
-            k: self._flag(m)
-            for k, m in (("stream", self.book.streams), ("head", self.book.heads), ("expert", self.book.experts))
-        }
+        kinds = self._kinds()
         unit_of = np.zeros(self.count, np.int64)
         for members in groups:
             unit_of[members] = np.arange(len(members))
@@ -233,7 +230,7 @@ class _Resolution:
         for g, members in enumerate(groups):
             labels = np.sort(order[bounds[g] : bounds[g + 1]])
             slices = self._slices(labels, unit_of[self.of[labels]], len(members))
-            kind = next((k for k, flag in flags.items() if flag[members].any()), "hidden")
+            kind: Kind = next((k for k, flags in kinds if flags[members].any()), "hidden")
             if kind == "hidden" and re.search(r"(^|\.)experts?\.", next(s.tensor for s in slices if s.role == "writer")):
                 kind = "expert"
             done.append(
@@ -245,8 +242,13 @@ class _Resolution:
                     parts=parts[g],
                     multiple_of=int(multiple[members[0]]),
                 )
-            )  # type: ignore[arg-type]
+            )
         return Grouped(groups=tuple(done), pins=tuple(self._pinned()), group_of=label_group)
+
+    def _kinds(self) -> tuple[tuple[Kind, np.ndarray], ...]:
+        """For every kind but "hidden" the classes that are of it, the most telling kind first."""
+        book = self.book
+        return ("stream", self._flag(book.streams)), ("head", self._flag(book.heads)), ("expert", self._flag(book.experts))
 
     def _slices(self, labels: np.ndarray, units: np.ndarray, count: int) -> tuple[Slices, ...]:
         keys = self.axis_of[labels] * 3 + self.role[labels]

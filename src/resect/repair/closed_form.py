@@ -11,11 +11,11 @@ import torch
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, lstsq
 from torch import Tensor
 
-from resect.anatomy import Group
+from resect.anatomy import Group, Slices
 from resect.errors import PlanError
 from resect.plan import Plan
 from resect.tracing import Reader, Trace
-from resect.tracing.trace import as_matrix
+from resect.tracing.trace import as_matrix, squares_of
 
 Method = Literal["none", "mean", "least_squares"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -237,7 +237,10 @@ def predicted_errors(trace: Trace, group: Group, masks: Sequence[np.ndarray], me
     errors = np.zeros(len(masks))
     for part in group.readers:
         sums = trace.sums.get(part.tensor)
-        if sums is None or sums.gram is None or sums.held is None:
+        if sums is None:
+            continue
+        if sums.gram is None or sums.held is None:
+            errors += [_energy_removed(trace, part, mask) for mask in masks]
             continue
         reader = trace.readers[part.tensor]
         size = trace.weights[part.tensor].shape[reader.axis] * reader.blocks
@@ -248,6 +251,14 @@ def predicted_errors(trace: Trace, group: Group, masks: Sequence[np.ndarray], me
             problems = _problems(trace, part.tensor, kept, constant=reader.offset is not None)
             errors[number] += _least_error(problems, method) / sum(p.energy() for p in problems)
     return errors
+
+
+def _energy_removed(trace: Trace, part: Slices, mask: np.ndarray) -> float:
+    """Share of a reader's output energy that removed units carry, for readers without second moments: units as uncorrelated."""
+    sums = trace.sums[part.tensor]
+    square = sums.square.sum(0) / max(float(sums.positions.sum()), 1.0)
+    energy = square * squares_of(trace.weights[part.tensor], part)
+    return float(energy[part.index[~mask].ravel()].sum() / max(energy.sum(), 1e-300))
 
 
 def _least_error(problems: list[Problem], method: Method) -> float:

@@ -102,7 +102,7 @@ class Trace:
     def evidence(self, group: Group, *, seed: int = 0) -> Evidence:
         """What scorers see of one group."""
         parts = [part for part in group.readers if part.tensor in self.sums]
-        squares = [_squares(self.weights[part.tensor], part)[part.index].sum(1) for part in group.writers]
+        squares = [squares_of(self.weights[part.tensor], part)[part.index].sum(1) for part in group.writers]
         return Evidence(
             group=group.name,
             kind=group.kind,
@@ -131,7 +131,7 @@ class Trace:
             mean_square=mean_square[:, part.index].mean(-1),
             peak=np.where(np.isfinite(sums.peak), sums.peak, 0)[:, part.index].max(-1),
             variance=variance[part.index].mean(-1),
-            column_norm=np.sqrt(_squares(weight, part)[part.index].sum(1)),
+            column_norm=np.sqrt(squares_of(weight, part)[part.index].sum(1)),
             slope=None if sums.slope is None else sums.slope[:, part.index].sum(-1) / np.maximum(self.examples, 1)[:, None],
             readout=readout,
         )
@@ -156,7 +156,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().double().cpu().numpy()
 
 
-def _squares(weight: torch.Tensor, part: Slices) -> np.ndarray:
+def squares_of(weight: torch.Tensor, part: Slices) -> np.ndarray:
     """Sum of squares of the weight at every position of one axis (positions run through the blocks)."""
     tensor = weight.detach().double().cpu()
     if part.blocks > 1:
@@ -184,6 +184,9 @@ def trace(
     `reconstruction`; every `token_stride`-th token and up to `gram_positions` positions of a convolution. gradients: also sum
     |value x gradient| of the cross-entropy, for `taylor`; needs labels.
 
+    Groups that are read by a weight which no call can be recognised by (it is computed on the way) are left alone: they are
+    pins of the trace's anatomy.
+
     Raises DataError for empty data, labels out of range or missing where needed; ModelError for a network in training mode or
     values that are not finite (naming the weight that read them).
 
@@ -195,6 +198,10 @@ def trace(
     """
     check_ready(model)
     readers = survey(model, anatomy)
+    unseen = [g.name for g in anatomy.groups if any(part.tensor not in readers for part in g.readers)]
+    anatomy = anatomy.without(
+        unseen, "what reads it cannot be observed: its weight is computed on the way, or used by an op of its own"
+    )
     pass_ = _Pass(model, readers, grams, gradients, classes, token_stride, gram_positions)
     for batch in track(data, description="tracing", disable=quiet, transient=True):
         pass_.see(unpack(batch, where="the calibrate data"))
