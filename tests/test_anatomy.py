@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -197,6 +198,85 @@ def test_a_failing_forward_names_its_module_and_leaves_nothing_behind() -> None:
         dissect(model, torch.ones(1, 3))
     assert not torch.nn.modules.module._global_forward_hooks
     assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_a_lazy_network_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"'0\.weight' has no shape yet"):
+        dissect(nn.Sequential(nn.LazyLinear(4)).eval(), torch.ones(1, 3))
+
+
+def test_a_scripted_network_is_refused() -> None:
+    with pytest.raises(ModelError, match="scripted"):
+        dissect(torch.jit.trace(nn.Linear(3, 3).eval(), torch.ones(1, 3)), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(("example", "match"), [(torch.full((2, 12), float("nan")), "nan"), (torch.ones(0, 12), "empty")])
+def test_an_example_that_verifies_nothing_is_refused(example: Tensor, match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        dissect(ZOO["mlp_relu"]()[0], example)
+
+
+def two_layers(middle: Callable[[Tensor], Tensor], example: Tensor | None = None) -> Anatomy:
+    """The anatomy of two linear layers with something between them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(middle(self.a(x)))
+
+    return dissect(Net().eval(), torch.randn(2, 6) if example is None else example)
+
+
+SCALE = torch.rand(8)
+PINNED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a tensor that is no buffer": lambda h: h * SCALE,
+    "a value that decides": lambda h: h if h.mean() > 0 else -h,
+    "numpy on the way": lambda h: torch.from_numpy(h.numpy() * 2),
+    "noise of the same shape": lambda h: h + torch.randn(h.shape),
+    "columns one by one": lambda h: torch.stack([h[:, i] for i in range(8)], 1),
+    "a column added to all": lambda h: h + h[:, 2:3],
+    "running sums": lambda h: torch.relu(h).cumsum(1),
+    "every second column twice": lambda h: h[:, ::2].repeat(1, 2),
+    "sorted columns": lambda h: h.sort(1)[0],
+    "a softmax": lambda h: h.softmax(1),
+    "rolled columns": lambda h: h.roll(1, 1),
+    "a fourier transform": lambda h: torch.fft.fft(h).real,
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_what_cannot_follow_is_pinned_with_a_reason(name: str) -> None:
+    anatomy = two_layers(PINNED[name])
+    assert not anatomy.groups
+    assert any(pin.name == "a" and pin.units == 8 and pin.reason for pin in anatomy.pins)
+
+
+FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "reversed columns": lambda h: h.flip(1),
+    "masked places": lambda h: h.masked_fill(h < 0, 0),
+    "zeros of the same shape": lambda h: h + torch.zeros_like(h),
+    "a clipped copy": lambda h: torch.where(h > 0, h, h.clone().clamp_(-1)),
+    "checkpointing": lambda h: torch.utils.checkpoint.checkpoint(torch.relu, h, use_reentrant=False),
+    "vmap": lambda h: torch.vmap(torch.sin)(h),
+    "an in-place tail": lambda h: h.add_(1).mul_(2).sigmoid_(),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_can_follow_is_found(name: str) -> None:
+    (group,) = two_layers(FOLLOWED[name]).groups
+    assert (group.name, group.kind, group.units) == ("a", "hidden", 8)
+
+
+def test_an_anatomy_without_weights_is_the_same() -> None:
+    model, example = ZOO["attention_grouped_queries"]()
+    real = dissect(model, example)
+    weightless = dissect(model.to("meta"), example)
+    assert [(g.name, g.kind, g.units) for g in weightless.groups] == [(g.name, g.kind, g.units) for g in real.groups]
+    assert sum(c.macs for c in weightless.contractions) == sum(c.macs for c in real.contractions)
 
 
 def test_an_op_without_a_rule_pins_what_it_touches() -> None:

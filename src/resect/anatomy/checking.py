@@ -47,15 +47,23 @@ def uneven(groups: Sequence[Group]) -> dict[str, np.ndarray]:
     return plan
 
 
-def alternate(groups: Sequence[Group], plan: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The plan for every second group of each size; the others keep all."""
-    seen: dict[int, int] = {}
-    chosen = {}
-    for group in groups:
-        seen[group.units] = seen.get(group.units, -1) + 1
-        if seen[group.units] % 2 == 0:
-            chosen[group.name] = plan[group.name]
-    return chosen
+def apart(kinds: Sequence[str], plan: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Parts of a plan in which only some groups are cut, so that none can lean on another being cut as well.
+
+    kinds: the kind of module of every group in `plan`, in order. For any two kinds there are plans that cut only one of
+    them; groups of one kind (layers of one network) take turns.
+    """
+    numbers = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    turn = {kind: -1 for kind in numbers}
+    codes = []
+    for kind in kinds:
+        turn[kind] += 1
+        codes.append((numbers[kind], turn[kind] % 2))
+    bits = [[n >> bit & 1 for n, _ in codes] for bit in range((len(numbers) - 1).bit_length())]
+    bits.append([t for _, t in codes])
+    names = list(plan)
+    chosen = {tuple(n for n, b in zip(names, row) if b == value) for row in bits for value in (0, 1)}
+    return [{n: plan[n] for n in part} for part in sorted(chosen) if 0 < len(part) < len(names)]
 
 
 def outputs(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
@@ -84,20 +92,23 @@ _CACHES = frozenset({"past_key_values", "cache_params", "mems", "past_buckets_st
 
 
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Largest relative difference over all outputs; infinite where shapes differ or one is not a number."""
-    worst = 0.0
-    if len(one) != len(other):
+    """Largest difference over all outputs, relative to the largest value that is not the same in both.
+
+    So a huge constant (the logits of masked places) hides nothing. Infinite where shapes differ or one is not a number.
+    """
+    if [t.shape for t in one] != [t.shape for t in other]:
         return float("inf")
-    for a, b in zip(one, other):
-        if a.shape != b.shape:
-            return float("inf")
-        if a.numel() and a.is_floating_point():
-            a, b = a.double(), b.double()
-            gap = torch.where(a == b, torch.zeros_like(a), (a - b).abs())
-            size = b[b.isfinite()].abs().max().clamp_min(1e-12) if bool(b.isfinite().any()) else torch.ones(())
-            value = float(gap.max() / size)
-            worst = max(worst, value) if value == value else float("inf")
-    return worst
+    return max((_difference(a, b) for a, b in zip(one, other) if a.numel() and a.is_floating_point()), default=0.0)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    differs = (a != b) & ~(a.isnan() & b.isnan())
+    if not bool(differs.any()):
+        return 0.0
+    gap = (a - b)[differs].abs().max()
+    value = float(gap / b[differs].abs().max().clamp_min(1e-12))
+    return value if value == value else float("inf")
 
 
 class Trial:
@@ -113,10 +124,10 @@ class Trial:
         """None where halves of every one of `groups` can be cut with the effect of masking them; else what went wrong.
 
         A plan and its complement, so that every unit leaves in one of them: a position that the model's code names literally
-        is found out. And only every second group: so is a group that must be as wide as another.
+        is found out. And parts of it: so is a group that must be as wide as another.
         """
         keep = uneven(groups)
-        plans = [keep, {n: ~k for n, k in keep.items()}, *([alternate(groups, keep)] if len(groups) > 1 else [])]
+        plans = [keep, {n: ~k for n, k in keep.items()}, *apart([_kind(self.model, g) for g in groups], keep)]
         return next((fault for plan in plans if (fault := self._fault_of(groups, edits, plan))), None)
 
     def _fault_of(self, groups: Sequence[Group], edits: Edits, keep: Mapping[str, np.ndarray]) -> str | None:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from resect.anatomy import rules
 from resect.anatomy.anatomy import Anatomy, Contraction, Group, Pin
 from resect.anatomy.attributes import guessed, known
-from resect.anatomy.checking import leaves, settled
+from resect.anatomy.checking import leaves, outputs, settled
 from resect.anatomy.grouping import Grouped, group
 from resect.anatomy.watching import RULES, Watch
 from resect.anatomy.weightless import is_weightless, real_positions
@@ -60,6 +61,7 @@ def dissect(
     guesses = tuple(e for g in anatomy.groups for e in guessed(model, g))
     anatomy = replace(anatomy, edits=known(model, anatomy.groups, dict(anatomy.aliases)))
     if verify and not is_weightless(model):
+        _check_comparable(model, inputs)
         return settled(model, anatomy, guesses)
     return replace(anatomy, edits=(*anatomy.edits, *guesses))
 
@@ -80,9 +82,23 @@ def _check(model: nn.Module) -> None:
         raise ModelError(f"dissect needs an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a scripted module cannot be cut; pass the nn.Module it was made from")
+    lazy = next((n for n, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise ModelError(f"parameter {lazy!r} has no shape yet; run the lazy network once on an example before dissecting it")
     if model.training:
         raise ModelError(
             "the network is in training mode, where dropout and batch statistics hide its structure; call model.eval()"
+        )
+
+
+def _check_comparable(model: nn.Module, inputs: Example) -> None:
+    """Verification compares outputs: there must be some, and they must be numbers."""
+    found = [t for t in outputs(model, inputs) if t.is_floating_point()]
+    if found and not any(t.numel() for t in found):
+        raise ModelError("the network returns nothing for this example (is the batch empty?); give at least one example")
+    if any(bool(t.isnan().any()) for t in found):
+        raise ModelError(
+            "the outputs on the example are not numbers (nan), so no cut can be verified; check the example's values"
         )
 
 

@@ -17,6 +17,7 @@ _ROLES = ("carrier", "writer", "reader")
 _UNEQUAL = "its convolution groups, halves or norm groups cannot lose equally"
 _ONE = "its units hang together as one"
 _UNREAD = "no weight reads it"
+_UNWRITTEN = "no weight writes it but the one that reads it"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -271,9 +272,10 @@ class _Resolution:
     def _pinned(self) -> list[Pin]:
         """Pinned widths by the weight that writes them (or reads them), and the reason."""
         pin_of = self.pin_of.copy()
-        reasons = [(reason, str(where)) for _, reason, where in self.book.pins] + [(_ONE, ""), (_UNREAD, "")]
-        pin_of[self.single] = len(reasons) - 2
-        pin_of[(pin_of < 0) & ~self.alive & self._has("writer")] = len(reasons) - 1
+        reasons = [(reason, str(where)) for _, reason, where in self.book.pins] + [(_ONE, ""), (_UNREAD, ""), (_UNWRITTEN, "")]
+        pin_of[self.single] = len(reasons) - 3
+        pin_of[(pin_of < 0) & ~self.alive & self._has("writer")] = len(reasons) - 2
+        pin_of[(pin_of < 0) & ~self.alive & self._has("reader")] = len(reasons) - 1
         rows: dict[tuple[str, str], tuple[int, str]] = {}
         named = np.zeros(self.count, bool)
         for role in ("writer", "reader"):

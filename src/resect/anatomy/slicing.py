@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from resect.anatomy.anatomy import Anatomy, AttributeEdit, Slices
+from resect.anatomy.narrow import narrow
 
 Keep = Mapping[str, np.ndarray]
 
@@ -93,6 +94,7 @@ def apply(model: nn.Module, anatomy: Anatomy, keep: Keep) -> nn.Module:
     """
     replace(model, anatomy, sliced_tensors(model, anatomy, keep))
     edit(model, anatomy.edits, keep)
+    narrow(model)
     return model
 
 

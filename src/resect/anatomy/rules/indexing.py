@@ -62,7 +62,7 @@ def index(call: Call) -> Followed:
     for p in x.planes:
         if len(dims) == 1 and p.shape[dims[0]] > 1 and _made_on_the_way(call, chosen[dims[0]]):
             # positions written in the model's code: whether they hold after a cut is for verification to say
-            planes.append(p.index_select(dims[0], chosen[dims[0]] % x.shape[dims[0]]))
+            planes.append(p.index_select(dims[0], chosen[dims[0]].cpu() % x.shape[dims[0]]))
             continue
         if any(p.shape[d] > 1 for d in dims):
             p_rest = mix(call.book, replace(x, planes=(p,)), dims, INDEXED).planes
