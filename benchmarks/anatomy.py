@@ -546,7 +546,9 @@ def main() -> None:
 
 def told(r: dict[str, Any]) -> str:
     numbers = f"{r.get('removed', 0):.0%} {r.get('seconds', 0):.2f}s {r.get('megabytes', 0):.0f}MB"
-    return " ".join([r["verdict"], r.get("hint", ""), numbers, r.get("why", ""), str({k: f"{v:.0e}" for k, v in r.get("gaps", {}).items()})])
+    return " ".join(
+        [r["verdict"], r.get("hint", ""), numbers, r.get("why", ""), str({k: f"{v:.0e}" for k, v in r.get("gaps", {}).items()})]
+    )
 
 
 if __name__ == "__main__":
