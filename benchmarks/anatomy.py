@@ -1,11 +1,9 @@
 """Side by side with torch-pruning: the same networks, the same machine, one judge.
 
-    python benchmarks/anatomy.py [--only NAME ...] [--budget SECONDS]        (needs: pip install 'resect[compare]')
+    python benchmarks/anatomy.py [networks...]        (needs: pip install 'resect[compare,hf]')
 
 Every network of the zoo is pruned by half of everything, at random, by resect and by torch-pruning, each in its own forked
-process with a time limit. The judge knows neither tool. It numbers the elements of every tensor before the cut, reads from the
-cut network which elements stayed and where they went, and compares the cut network with the dense one in which every removed
-element is zero and every norm counts only the channels that stay. Writes results/anatomy.json and docs/side-by-side.md.
+process with a time limit, and `judging` says what came out. Writes results/anatomy.json and docs/side-by-side.md.
 """
 
 from __future__ import annotations
@@ -15,237 +13,39 @@ import copy
 import logging
 import math
 import multiprocessing
-import resource
 import sys
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import resect
+from judging import Cut, Example, fill, judged, number, read, told_of
 from publish import publish, table
-from resect.anatomy.checking import difference, outputs
+from resect.anatomy.checking import outputs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-TOLERANCE, LIMIT = 1e-4, 20
+LIMIT = 20
 SLOW = f"not done in {LIMIT} s"
-Example = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-# the record of a cut ------------------------------------------------------------------------------------------------------
-
-
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every float parameter and buffer under each of its names."""
-    found = (
-        (f"{path}.{leaf}" if path else leaf, tensor)
-        for path, module in model.named_modules()
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
-    )
-    return {name: tensor for name, tensor in found if tensor is not None and tensor.is_floating_point()}
-
-
-def number(model: nn.Module) -> None:
-    """Replace the elements of every tensor by their positions (exact in float32: these networks are small)."""
-    for tensor in tensors(model).values():
-        tensor.data = torch.arange(tensor.numel(), dtype=torch.float32).view(tensor.shape).to(tensor.dtype)
-
-
-def read(numbered: nn.Module, dense: nn.Module) -> dict[str, Tensor]:
-    """From a cut network of numbers: for every tensor, the flat position in the dense tensor that each element came from."""
-    return {name: tensor.detach().round().long() for name, tensor in tensors(numbered).items() if name in tensors(dense)}
-
-
-def fill(numbered: nn.Module, dense: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Give a cut network of numbers its weights back."""
-    old, new = tensors(dense), tensors(numbered)
-    for name, positions in kept.items():
-        new[name].data = old[name].detach().flatten()[positions]
-
-
-# the judge ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """A cut network; kept: what `read` found (None where weights are computed from others); scale: factors of the masked rows."""
-
-    small: nn.Module
-    kept: Mapping[str, Tensor] | None
-    scale: Mapping[str, Tensor] = field(default_factory=dict)
-    fixes: int = 0
-
-
-def masked(dense: nn.Module, kept: Mapping[str, Tensor], *, readers_only: bool) -> nn.Module:
-    """The dense network with what was removed zeroed: everything, or only where a row of the weight stays (its readers)."""
-    model = copy.deepcopy(dense)
-    for name, tensor in tensors(dense).items():
-        if name not in kept or kept[name].numel() == tensor.numel():
-            continue
-        stays = torch.zeros(tensor.numel(), dtype=torch.bool)
-        stays[kept[name].flatten()] = True
-        stays = stays.view(tensor.shape)
-        if readers_only:
-            gone = ~stays.flatten(1).any(1) if stays.ndim > 1 else slice(None)
-            stays[gone] = True
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        zeroed = torch.where(stays, tensor.detach(), 0)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(zeroed, requires_grad=False)
-        else:
-            owner._buffers[leaf] = zeroed
-    return model
-
-
-class Narrowed(TorchFunctionMode):
-    """Layer and group norms of a masked network count only the channels that the cut network has; removed ones are zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: list[int | None] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        count = self.counts[-1] if self.counts else None
-        if count is not None and func is F.layer_norm:
-            return _layer_norm(count, *args, **(kwargs or {}))
-        if count is not None and func is F.group_norm:
-            return _group_norm(count, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _standard(x: Tensor, axes: Sequence[int], count: int, eps: float) -> Tensor:
-    mean = x.sum(axes, keepdim=True) / count
-    spread = (x**2).sum(axes, keepdim=True) / count - mean**2
-    return (x - mean) / (spread + eps).sqrt()
-
-
-def _layer_norm(count: int, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    y = _standard(x, list(range(-len(shape), 0)), count, eps)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def _group_norm(count: int, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    parts = x.unflatten(1, (groups, -1)).flatten(2)
-    y = _standard(parts, [2], count * math.prod(x.shape[2:]), eps).view_as(x)
-    y = y if weight is None else y * weight.view(-1, *[1] * (x.ndim - 2))
-    return y if bias is None else y + bias.view(-1, *[1] * (x.ndim - 2))
-
-
-def _norm_counts(full: nn.Module, small: nn.Module) -> tuple[int, int] | None:
-    """(channels a norm counts in the dense network, in the cut one), None for other modules."""
-    if isinstance(full, nn.GroupNorm):
-        return full.num_channels // full.num_groups, small.num_channels // small.num_groups  # type: ignore[operator]
-    if isinstance(getattr(full, "normalized_shape", None), (tuple, list)) and not isinstance(full, nn.RMSNorm):
-        return math.prod(full.normalized_shape), math.prod(small.normalized_shape)  # type: ignore[arg-type]
-    return None
-
-
-@contextmanager
-def narrowed(masked: nn.Module, small: nn.Module) -> Iterator[None]:
-    """For the time of the context the norms of `masked` divide by the number of channels that `small` has."""
-    with Narrowed() as mode, ExitStack() as hooks:
-        others = dict(small.named_modules())
-        for path, module in masked.named_modules():
-            other = others.get(path)
-            counts = None if other is None else _norm_counts(module, other)
-            if counts is not None:
-                count = None if counts[0] == counts[1] else counts[1]
-                hooks.callback(module.register_forward_pre_hook(lambda m, a, c=count: mode.counts.append(c)).remove)  # type: ignore[misc]
-                hooks.callback(module.register_forward_hook(lambda m, a, y: mode.counts.pop() and None).remove)
-            elif other is not None and ("RMSNorm" in type(module).__name__ or type(module).__name__ == "T5LayerNorm"):
-                full, now = (getattr(m, "weight", None) for m in (module, other))
-                if isinstance(full, Tensor) and isinstance(now, Tensor) and full.numel() != now.numel():
-                    root = math.sqrt(full.numel() / now.numel())
-                    hooks.callback(module.register_forward_pre_hook(lambda m, a, r=root: (a[0] * r, *a[1:])).remove)  # type: ignore[misc]
-                    hooks.callback(module.register_forward_hook(lambda m, a, y, r=root: y / r).remove)  # type: ignore[misc]
-        yield
-
-
-def shuffled(example: Example) -> Example:
-    """Other inputs of the same shapes and values in other places: not the ones that the tools were shown."""
-    draw = torch.Generator().manual_seed(1)
-
-    def mix(x: Any) -> Any:
-        return x.flatten()[torch.randperm(x.numel(), generator=draw)].view(x.shape) if isinstance(x, Tensor) else x
-
-    return tree_map(mix, example)
-
-
-def gaps(dense: nn.Module, cut: Cut, example: Example) -> dict[str, float]:
-    """Difference of the cut network from each of the networks that it may equal, over two inputs, relative to the output."""
-    assert cut.kept is not None
-    both = (example, shuffled(example))
-    got = [outputs(cut.small, inputs) for inputs in both]
-    found = {}
-    for way in ("all", "readers", *(["scaled"] if cut.scale else [])):
-        full = masked(dense, cut.kept, readers_only=way == "readers")
-        for name, factor in cut.scale.items() if way == "scaled" else ():
-            tensors(full)[name].data.mul_(factor)
-        with ExitStack() as stack:
-            if way != "readers":
-                stack.enter_context(narrowed(full, cut.small))
-            found[way] = max(difference(mine, outputs(full, inputs)) for mine, inputs in zip(got, both))
-    return found
-
-
-def judged(dense: nn.Module, work: Callable[[], Cut], example: Example) -> dict[str, Any]:
-    """Verdict, seconds and megabytes of one tool on one network."""
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        cut = work()
-    except Exception as error:
-        return {"verdict": "fails", "why": _told("pruning", error), "seconds": time.perf_counter() - start}
-    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    full, now = (sum(p.numel() for p in m.parameters()) for m in (dense, cut.small))
-    result = {"seconds": seconds, "megabytes": (peak - before) / 1024, "removed": 1 - now / max(full, 1)}
-    if full == now:
-        return {**result, "verdict": "nothing"}
-    try:
-        shapes = [[tuple(y.shape) for y in outputs(m, example)] for m in (cut.small, dense)]
-    except Exception as error:
-        return {**result, "verdict": "fails", "why": _told("forward pass of the pruned network", error)}
-    if shapes[0] != shapes[1]:
-        return {**result, "verdict": "fails", "why": f"outputs of other shapes: {shapes[0]} for {shapes[1]}"[:200]}
-    if cut.kept is None:
-        return {**result, "verdict": "not judged", "why": "weights are computed from other weights"}
-    try:
-        found = gaps(dense, cut, example)
-    except Exception as error:
-        return {**result, "verdict": "not judged", "why": _told("reference", error)}
-    gap = min(found.values())
-    return {**result, "verdict": "right" if gap <= TOLERANCE else "wrong", "gap": gap, "gaps": found}
-
-
-def _told(where: str, error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{where}: {type(error).__name__}: {lines[0]}"[:200]
 
 
 # the two tools ------------------------------------------------------------------------------------------------------------
 
 
-def by_resect(model: nn.Module, given: Any, kinds: str) -> Cut:
-    """Dissect (which verifies) and cut by a random half plan over all groups; no hints. kinds: "all" or "hidden"."""
+def by_resect(model: nn.Module, given: Any) -> Cut:
+    """Dissect (which verifies) and cut by a random half plan over all groups; no hints."""
     anatomy = resect.dissect(model, given)
     plan = resect.Plan.random(anatomy, ratio=0.5)
-    if kinds == "hidden":
-        stay = resect.Plan.all(anatomy).keep
-        streams = {g.name for g in anatomy.groups if g.kind == "stream"}
-        plan = resect.Plan(anatomy=anatomy, keep={n: stay[n] if n in streams else k for n, k in plan.keep.items()})
     small = resect.cut(model, plan, verify=False)
     numbers = copy.deepcopy(model)
     number(numbers)
@@ -288,10 +88,9 @@ def _plain(result: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """One attention module: its query, key and value layers (or the fused one), and its heads."""
+    """One attention module: its query, key and value layers (or the fused one), and its heads (0 where nothing tells)."""
 
     module: nn.Module
-    path: str
     layers: tuple[nn.Module, ...]
     heads: int
     kv: int
@@ -309,19 +108,21 @@ _WIDTH = ("all_head_size", "inner_dim", "embed_dim", "split_size", "hidden_size"
 def attentions(model: nn.Module) -> list[Attention]:
     """The attention modules as their names tell them, with the head counts their attributes or configurations give."""
     found = []
-    for path, module in model.named_modules():
+    for module in model.modules():
         child = {n: m for n, m in module.named_children() if isinstance(m, nn.Linear)}
         parts = [next((child[n] for n in names if n in child), None) for names in (_QUERY, _KEY, _VALUE)]
         fused = next((child[n] for n in _FUSED if n in child), None)
         heads = next((getattr(module, n) for n in _HEADS if isinstance(getattr(module, n, None), int)), None)
-        heads = heads or getattr(getattr(module, "config", None), "num_attention_heads", None)
+        heads = heads or getattr(getattr(module, "config", None), "num_attention_heads", None) or 0
         if isinstance(module, nn.MultiheadAttention):
-            found.append(Attention(module=module, path=path, layers=(module,), heads=module.num_heads, kv=module.num_heads))
-        elif heads and all(p is not None for p in parts):
+            found.append(Attention(module=module, layers=(module,), heads=module.num_heads, kv=module.num_heads))
+        elif all(p is not None for p in parts):
             kv = parts[1].out_features * heads // parts[0].out_features  # type: ignore[union-attr]
-            found.append(Attention(module=module, path=path, layers=tuple(parts), heads=heads, kv=kv))  # type: ignore[arg-type]
-        elif heads and fused is not None:
-            found.append(Attention(module=module, path=path, layers=(fused,), heads=heads, kv=heads))
+            found.append(Attention(module=module, layers=tuple(parts), heads=heads, kv=kv))  # type: ignore[arg-type]
+        elif fused is not None:
+            found.append(Attention(module=module, layers=(fused,), heads=heads, kv=heads))
+        elif parts[0] is not None and "kv" in child:
+            found.append(Attention(module=module, layers=(parts[0], child["kv"]), heads=0, kv=0))
     return found
 
 
@@ -346,6 +147,8 @@ def by_torch_pruning(model: nn.Module, example: Example, way: str) -> Cut:
     import torch_pruning as tp
 
     dense, found = copy.deepcopy(model), attentions(model) if way != "plain" else []
+    if way in ("heads", "head dims"):
+        found = [a for a in found if a.heads]
     widths = [getattr(a.layers[0], "out_features", 0) // (3 if len(a.layers) == 1 else 1) for a in found]
     hints: dict[str, Any] = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}}
     ignored = output_layers(model, example)
@@ -387,9 +190,11 @@ def by_torch_pruning(model: nn.Module, example: Example, way: str) -> Cut:
     return Cut(small=model, kept=kept, scale=scale)
 
 
-def hinted(model: nn.Module) -> bool:
-    """Whether any hint applies."""
-    return bool(attentions(model)) or any(isinstance(m, nn.RMSNorm) for m in model.modules())
+def hinted(model: nn.Module, way: str) -> bool:
+    """Whether a hint applies to a network."""
+    if way == "rules":
+        return any(isinstance(m, nn.RMSNorm) for m in model.modules())
+    return any(a.heads or way == "attention ignored" for a in attentions(model))
 
 
 def _rms_pruner() -> Any:
@@ -454,8 +259,8 @@ def one(name: str, tool: str) -> dict[str, Any]:
     dense = copy.deepcopy(model)
     which, _, way = tool.partition(": ")
     if which == "resect":
-        return judged(dense, lambda: by_resect(model, given, way), example)
-    if way not in ("plain", "ignored") and not hinted(model):
+        return judged(dense, lambda: by_resect(model, given), example)
+    if way != "plain" and not hinted(model, way):
         return {"verdict": "none apply"}
     return judged(dense, lambda: by_torch_pruning(model, example, way), example)
 
@@ -481,7 +286,7 @@ def apart(name: str, tool: str) -> dict[str, Any]:
         try:
             there.send(one(name, tool))
         except BaseException as error:
-            there.send({"verdict": "fails", "why": _told("network", error)})
+            there.send({"verdict": "fails", "why": told_of("network", error)})
 
     process = context.Process(target=child)
     process.start()
@@ -495,21 +300,29 @@ def apart(name: str, tool: str) -> dict[str, Any]:
         process.join()
 
 
+HINTS = {
+    "heads": "head counts given, whole heads pruned",
+    "head dims": "head counts given, dimensions of heads pruned",
+    "rules": "a pruning rule for nn.RMSNorm given",
+    "attention ignored": "query, key and value layers ignored",
+}
+
+
 def compared(name: str) -> dict[str, Any]:
-    """All runs on one network. Hints about heads are only read once all groups are built: no use where that does not end."""
-    found = {"network": name, "resect": apart(name, "resect: all"), "plain": apart(name, "torch-pruning: plain")}
-    if found["resect"]["verdict"] == "wrong":
-        found["resect hidden only"] = apart(name, "resect: hidden")
-    slow = found["plain"].get("why") == SLOW
-    tried: dict[str, Any] = {}
-    for way in ("attention ignored",) if slow else ("heads", "head dims", "attention ignored"):
-        tried[way] = apart(name, f"torch-pruning: {way}")
-        if tried[way]["verdict"] in ("right", "none apply"):
+    """All runs on one network, until torch-pruning is right.
+
+    Hints about heads are read once the groups are built: they cannot help where that does not end, and are left out there.
+    """
+    found = {"network": name, "resect": apart(name, "resect"), "plain": apart(name, "torch-pruning: plain")}
+    tried: dict[str, Any] = {"": found["plain"]}
+    for way in ("attention ignored",) if found["plain"].get("why") == SLOW else HINTS:
+        if any(r["verdict"] == "right" for r in tried.values()):
             break
-    order = ("right", "none apply", "wrong", "not judged", "nothing", "fails")
-    best = min(tried, key=lambda way: order.index(tried[way]["verdict"]))
-    hints = found["plain"] if tried[best]["verdict"] == "none apply" else {**tried[best], "hint": best}
-    return {**found, "tried": tried, "hints": hints}
+        result = apart(name, f"torch-pruning: {way}")
+        if result["verdict"] != "none apply":
+            tried[way] = result
+    best = min(tried, key=lambda way: VERDICTS.index(tried[way]["verdict"]))
+    return {**found, "tried": tried, "hints": {**tried[best], "hint": best}}
 
 
 def warm() -> None:
@@ -517,21 +330,123 @@ def warm() -> None:
     _quiet()
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     image = torch.randn(1, 3, 4, 4)
-    by_resect(copy.deepcopy(net), image, "all")
+    by_resect(copy.deepcopy(net), image)
     by_torch_pruning(net, ((image,), {}), "plain")
 
 
-VERDICTS = ("right", "wrong", "fails", "nothing", "not judged")
+# what is written ----------------------------------------------------------------------------------------------------------
+
+VERDICTS = ("right", "not judged", "nothing", "fails", "wrong")
+PAGE = """# Side by side
+
+Made by `python benchmarks/anatomy.py`: every network of the zoo (random weights, small widths), same machine, one run, each tool
+in its own process with {limit} seconds. Both remove half of every width they find, at random; nothing is fine-tuned.
+
+**The question** is only whether the network that comes out is the dense network without those channels, or another function.
+
+How it is judged, the same for both:
+
+- The elements of all weights are replaced by their positions before the cut. So the cut network itself tells which elements
+  stayed and where they went, and the judge needs no word from the tool.
+- *right*: the cut network gives what the dense network gives when every removed element is zero, to 1e-4 of the largest output,
+  on the example that the tool saw and on a shuffled one. Layer, group and RMS norms of the dense network count only the channels
+  that stay (removing a channel from a norm's mean is what any tool does), and where the dimensions inside a head are cut, a
+  softmax scale that follows or does not follow their number is accepted either way.
+- *wrong*: it runs, its outputs have the right shape, and its numbers are others. *fails*: the tool or the pruned network raises,
+  or is not done in time. *nothing*: no parameter was removed. *not judged*: see the table.
+- Weights are scaled to unit gain first. With the tiny weights of an untrained transformer attention is uniform, and mixed-up
+  heads pass for right.
+
+What each tool was told:
+
+- resect: `dissect(model, example)`, a random half plan over all groups, streams included, `cut`. No hints.
+- torch-pruning, no hints: `BasePruner(pruning_ratio=0.5, importance=RandomImportance())`, ignoring the layers that make the
+  outputs, found by walking back from the outputs (more than its documentation asks for).
+- torch-pruning with hints: its best result over no hints, `num_heads` for every attention module whose parts carry usual
+  names, pruning whole heads, the same pruning dimensions of heads (the head counts and widths that the module holds are
+  set afterwards, as its examples do by hand), a pruning rule for `nn.RMSNorm`, and ignoring the query, key and value layers.
+  The hint that made it right is in brackets. Hints written for one architecture by someone who knows it may do better.
+
+Percentages are the parameters removed: a right answer that leaves attention alone removes less. Seconds are until the pruned
+network exists (resect: with its verification); megabytes are the growth of the peak memory of the process.
+
+"""
+
+
+def cell(r: dict[str, Any]) -> str:
+    """A verdict with the share of parameters removed."""
+    share = f" {r['removed']:.0%}" if r["verdict"] == "right" else ""
+    word = f"**{r['verdict']}**" if r["verdict"] == "wrong" else r["verdict"]
+    return word + share + (f" ({r['hint']})" if r.get("hint") and r["verdict"] == "right" else "")
+
+
+def row(r: dict[str, Any]) -> list[str]:
+    """One network of the table."""
+    figures = [f"{r[k].get('seconds', 0):.2f}" for k in ("resect", "plain")]
+    memory = [f"{r[k]['megabytes']:.0f}" if "megabytes" in r[k] else "-" for k in ("resect", "plain")]
+    whys = [(k, r[k]) for k in ("resect", "plain") if r[k]["verdict"] in ("fails", "not judged", "wrong")]
+    why = "; ".join(f"{'torch-pruning' if k == 'plain' else k}: {reason(v)}" for k, v in whys)
+    return [r["network"], cell(r["resect"]), cell(r["plain"]), cell(r["hints"]), *figures, *memory, why]
+
+
+def reason(r: dict[str, Any]) -> str:
+    """Why a run is not right, safe inside a table."""
+    text = f"differs by {r['gap']:.0e}" if "gap" in r else r.get("why", "")
+    return text.replace("|", "/").replace("\n", " ")[:110]
+
+
+def totals(rows: list[dict[str, Any]]) -> str:
+    """The table on top."""
+    tools = {"resect, no hints": "resect", "torch-pruning, no hints": "plain", "torch-pruning, best of all hints": "hints"}
+    lines = []
+    for label, key in tools.items():
+        counts = Counter(r[key]["verdict"] for r in rows)
+        right = [r[key] for r in rows if r[key]["verdict"] == "right"]
+        ended = [r[key] for r in rows if "megabytes" in r[key]]
+        lines.append(
+            [
+                label,
+                *(counts[v] for v in ("right", "wrong", "fails", "nothing", "not judged")),
+                f"{np.mean([x['removed'] for x in right]):.0%}",
+                f"{np.median([x['seconds'] for x in ended]):.2f} / {max(x['seconds'] for x in ended):.1f}",
+                f"{np.median([x['megabytes'] for x in ended]):.0f} / {max(x['megabytes'] for x in ended):.0f}",
+            ]
+        )
+    columns = [
+        "",
+        "right",
+        "silently wrong",
+        "fails",
+        "nothing removed",
+        "not judged",
+        "removed where right",
+        "seconds, median / largest",
+        "MB, median / largest",
+    ]
+    return table(columns, lines)
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    pass
+    """The JSON, and the page made from it."""
+    made = {name: version(name) for name in ("torch-pruning", "transformers")}
+    columns = ["network", "resect", "torch-pruning", "torch-pruning, hints", "s", "s (tp)", "MB", "MB (tp)", "why not right"]
+    text = f"{totals(rows)}\n\n{table(columns, map(row, rows))}\n"
+    publish("anatomy", {"limit_s": LIMIT, "versions": made, "networks": rows}, text)
+    with_versions = f"resect {resect.__version__}, torch-pruning {made['torch-pruning']}, torch {torch.__version__}, "
+    with_versions += f"transformers {made['transformers']}; {len(rows)} networks, one thread.\n\n"
+    page = PAGE.format(limit=LIMIT) + with_versions + text
+    (ROOT / "docs" / "side-by-side.md").write_text(page.rstrip() + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="networks (default: the whole zoo, and the results are published)")
     names = parser.parse_args().names
+    try:
+        version("torch-pruning"), version("transformers")
+    except PackageNotFoundError as missing:
+        print(f"skipped: {missing.name} is not installed (pip install 'resect[compare,hf]')")
+        return
     from zoo import WHOLE
 
     torch.set_num_threads(1)
@@ -539,16 +454,16 @@ def main() -> None:
     rows = []
     for name in names or WHOLE:
         rows.append(compared(name))
-        print(name, *(f"{k}: {told(rows[-1][k])}" for k in ("resect", "plain", "hints")), sep=" | ", flush=True)
+        print(name, *(f"{k}: {summary(rows[-1][k])}" for k in ("resect", "plain", "hints")), sep=" | ", flush=True)
     if not names:
         write(rows)
 
 
-def told(r: dict[str, Any]) -> str:
-    numbers = f"{r.get('removed', 0):.0%} {r.get('seconds', 0):.2f}s {r.get('megabytes', 0):.0f}MB"
-    return " ".join(
-        [r["verdict"], r.get("hint", ""), numbers, r.get("why", ""), str({k: f"{v:.0e}" for k, v in r.get("gaps", {}).items()})]
-    )
+def summary(r: dict[str, Any]) -> str:
+    """One run in a line of the terminal."""
+    numbers = f"{r.get('removed', 0):.0%} {r.get('seconds', 0):.2f} s {r.get('megabytes', 0):.0f} MB"
+    gaps = " ".join(f"{way} {gap:.0e}" for way, gap in r.get("gaps", {}).items())
+    return " ".join(part for part in (r["verdict"], r.get("hint", ""), numbers, r.get("why", ""), gaps) if part)
 
 
 if __name__ == "__main__":

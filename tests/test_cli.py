@@ -1,6 +1,7 @@
 """The command line: exit codes, one clear line for every mistake, and files that are there whole or not at all."""
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -249,3 +250,19 @@ def test_the_python_of_the_readme_runs(here):
     exec(block, names)
     with torch.no_grad():
         assert torch.equal(names["again"](inputs), names["small"](inputs))
+
+
+def test_a_budget_in_place_of_a_promise(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code in (0, 3), result.output
+    arguments = ["prune", str(tmp_path / "out" / "dense"), "--data", "digits", "--out", str(tmp_path / "half")]
+    result = CliRunner().invoke(app, [*arguments, "--macs", "0.5", "--parameters", "0.4", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)
+    assert (tmp_path / "half" / "model.safetensors").exists()
+    plan = json.loads((tmp_path / "half" / "plan.json").read_text())
+    dense = sum(math.prod(shape) for shape in plan["dense_shapes"].values())
+    kept = sum(math.prod(shape) for shape in plan["shapes"].values())
+    assert kept <= 0.4 * dense
+    result = CliRunner().invoke(app, [*arguments, "--macs", "0.5", "--floor", "0.9"])
+    assert result.exit_code == 2

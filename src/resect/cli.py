@@ -22,7 +22,7 @@ from resect.errors import DataError, GoalError, ResectError
 
 if TYPE_CHECKING:
     from resect.reporting import Report
-    from resect.searching import Floor, Found
+    from resect.searching import Budget, Floor, Found
     from resect.sources import Source, Splits
 
 CERTIFIED, BAD_INPUT, NOT_CERTIFIED, INTERRUPTED = 0, 2, 3, 130
@@ -47,6 +47,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="module:function, or
 _DATA = typer.Option(help="digits, a folder or hub id of a Hugging Face image data set, or module:function.")
 Data = Annotated[str, _DATA]
 FloorOption = Annotated[float | None, typer.Option("--floor", help="Promise: accuracy at least this share, such as 0.95.")]
+Macs = Annotated[float | None, typer.Option(help="Budget in place of a promise: share of MACs that may remain, such as 0.5.")]
+Parameters = Annotated[float | None, typer.Option(help="Budget: share of parameters that may remain.")]
+LatencyMs = Annotated[float | None, typer.Option(help="Budget: milliseconds at batch 1 on this device, one thread.")]
 Drop = Annotated[float | None, typer.Option(help="Promise: at most this share below the dense network; 0.01 is one point.")]
 Delta = Annotated[float, typer.Option(help="The certificate is wrong with at most this probability.")]
 Scorer = Annotated[str | None, typer.Option(help="How units are scored (default: the library's).")]
@@ -68,13 +71,18 @@ Shape = Annotated[str | None, typer.Option(help="Shape of one batch of inputs, s
 class Run:
     """How a cut is asked for: the promise, how to search, what to print and where to write."""
 
-    floor: Floor
+    goal: Floor | Budget
     seed: int
     out: Path
     json: bool
     quiet: bool
     search: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def aim(self) -> dict[str, Any]:
+        """The goal under the name that `prune` has for it."""
+        return {"floor" if hasattr(self.goal, "delta") else "budget": self.goal}
 
     @property
     def trials(self) -> Path:
@@ -97,11 +105,11 @@ def demo(
     with _exit_codes():
         from resect.sources import load_data
 
-        goal = _floor(0.95 if floor is None and drop is None else floor, drop, delta)
+        goal = _goal(0.95 if floor is None and drop is None else floor, drop, delta)
         with _status(f"reading {data}", quiet=quiet or json):
             splits = load_data(data, seed=seed)
         source = _trained(splits, seed, quiet=quiet or json)
-        run = Run(floor=goal, seed=seed, out=out / "small", json=json, quiet=quiet)
+        run = Run(goal=goal, seed=seed, out=out / "small", json=json, quiet=quiet)
         with _exit_codes(run.trials):
             _finish(_cut(source, splits, run, dense_out=out / "dense"), run)
 
@@ -112,6 +120,9 @@ def prune(
     data: Data,
     floor: FloorOption = None,
     drop: Drop = None,
+    macs: Macs = None,
+    parameters: Parameters = None,
+    latency_ms: LatencyMs = None,
     delta: Delta = 0.05,
     scorer: Scorer = None,
     repair: Repair = "least_squares",
@@ -127,11 +138,11 @@ def prune(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Cut MODEL to the leanest network that keeps the floor, certify it, and write it to a directory."""
+    """Cut MODEL to the leanest network that keeps the floor, certify it, and write it; or to the best a budget allows."""
     with _exit_codes():
         from resect.sources import fitted, load_data, load_model
 
-        goal = _floor(floor, drop, delta)
+        goal = _goal(floor, drop, delta, {"macs": macs, "parameters": parameters, "latency_ms": latency_ms})
         source = load_model(model, architecture=architecture)
         with _status(f"reading {data}", quiet=quiet or json):
             splits = fitted(source.model, load_data(data, seed=seed, certify_from=certify_from.value))
@@ -139,7 +150,7 @@ def prune(
         given = {name: value for name, value in search.items() if value is not None}
         known = source.trained_on == splits.train.fingerprint
         notes = (splits.note,) if splits.note and not known else ()
-        run = Run(floor=goal, seed=seed, out=out, json=json, quiet=quiet, search=given, notes=notes)
+        run = Run(goal=goal, seed=seed, out=out, json=json, quiet=quiet, search=given, notes=notes)
         with _exit_codes(run.trials):
             _finish(_cut(source, splits, run), run)
 
@@ -216,14 +227,18 @@ def _drop_if_empty(trials: Path | None) -> bool:
     return True
 
 
-def _floor(accuracy: float | None, drop: float | None, delta: float) -> Floor:
-    from resect.searching import Floor
+def _goal(
+    accuracy: float | None, drop: float | None, delta: float, budget: Mapping[str, float | None] | None = None
+) -> Floor | Budget:
+    from resect.searching import Budget, Floor
 
-    if (accuracy is None) == (drop is None):
+    limits = {name: value for name, value in (budget or {}).items() if value is not None}
+    if sum((accuracy is not None, drop is not None, bool(limits))) != 1:
         raise GoalError(
-            "say what must stay true: --floor 0.95 (accuracy at least 95 %) or --drop 0.01 (at most one point lost)."
+            "say what must stay true: --floor 0.95 (accuracy at least 95 %) or --drop 0.01 (at most one point lost); "
+            "or name a budget in its place: --macs 0.5, --parameters 0.5, --latency-ms 4."
         )
-    return Floor(accuracy=accuracy, drop=drop, delta=delta)
+    return Budget(**limits) if limits else Floor(accuracy=accuracy, drop=drop, delta=delta)
 
 
 def _status(text: str, *, quiet: bool) -> Status:
@@ -261,7 +276,7 @@ def _cut(source: Source, splits: Splits, run: Run, *, dense_out: Path | None = N
         source.model,
         splits.calibrate,
         splits.search,
-        floor=run.floor,
+        **run.aim,
         certify=splits.certify,
         trials=run.trials,
         seed=run.seed,
@@ -292,7 +307,7 @@ def _report(source: Source, splits: Splits, run: Run, found: Found) -> Report:
         latency=latency(source.model, found.model, splits.test.inputs[:1]),
         trace=trace(source.model, splits.calibrate, found.plan.anatomy, grams=False, quiet=True),
         class_names=splits.class_names,
-        settings={"floor": str(run.floor), "delta": f"{run.floor.delta:g}", "seed": str(run.seed), **run.search},
+        settings={"goal": str(run.goal), "seed": str(run.seed), **run.search},
         notes=run.notes,
         fingerprints=splits.fingerprints,
     )
@@ -311,7 +326,7 @@ def _finish(report: Report, run: Run) -> None:
     else:
         print_report(report)
         Console().print(f"\nwritten to {run.out}{'/'} (open {run.out / 'report.html'})", highlight=False)
-    if not outcome.kept:
+    if outcome.kept is False:
         typer.echo(f"resect: the floor is not certified; the best network found is in {run.out}", err=True)
         raise typer.Exit(NOT_CERTIFIED)
 

@@ -61,6 +61,7 @@ def prune(
         raise GoalError("name one goal: prune(..., floor=Floor(drop=0.01)) or prune(..., budget=Budget(macs=0.5))")
     if floor is not None and val is None:
         raise GoalError("a floor is judged on labelled data: give val, which is split into search and certify")
+    record = None if trials is None else _recorder(Path(trials))
     check_ready(model)
     data = calib if isinstance(calib, list) else list(calib)
     anatomy = dissect(model, example_of(data), ignore=tuple(ignore), only=tuple(only))
@@ -86,7 +87,7 @@ def prune(
         evaluations=evaluations,
         seconds=seconds,
         seed=seed,
-        on_trial=None if trials is None else _recorder(Path(trials)),
+        on_trial=record,
     )
 
 
