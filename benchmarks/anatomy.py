@@ -2,6 +2,8 @@
 
     python benchmarks/anatomy.py [networks...]        (needs: pip install 'resect[compare,hf]')
 
+With names only those networks are run again, and their rows replaced.
+
 Every network of the zoo is pruned by half of everything, at random, by resect and by torch-pruning, each in its own forked
 process with a time limit, and `judging` says what came out. Writes results/anatomy.json and docs/side-by-side.md.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
 import math
 import multiprocessing
@@ -19,7 +22,8 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import resect
 from judging import Cut, Example, fill, judged, number, read, told_of
-from publish import publish, table
+from publish import RESULTS, publish, table
 from resect.anatomy.checking import outputs
 
 ROOT = Path(__file__).parent.parent
@@ -249,6 +253,7 @@ def lively(model: nn.Module) -> None:
 
 def one(name: str, tool: str) -> dict[str, Any]:
     """One tool on one network, in this process."""
+    import hard_cases  # noqa: F401
     from zoo import WHOLE
 
     _quiet()
@@ -339,8 +344,8 @@ def warm() -> None:
 VERDICTS = ("right", "not judged", "nothing", "fails", "wrong")
 PAGE = """# Side by side
 
-Made by `python benchmarks/anatomy.py`: every network of the zoo (random weights, small widths), same machine, one run, each tool
-in its own process with {limit} seconds. Both remove half of every width they find, at random; nothing is fine-tuned.
+Made by `python benchmarks/anatomy.py`: every network of the zoo (random weights, small widths), same machine, one run, each
+tool in its own process with {limit} seconds. Both remove half of every width they find, at random; nothing is fine-tuned.
 
 **The question** is only whether the network that comes out is the dense network without those channels, or another function.
 
@@ -348,12 +353,12 @@ How it is judged, the same for both:
 
 - The elements of all weights are replaced by their positions before the cut. So the cut network itself tells which elements
   stayed and where they went, and the judge needs no word from the tool.
-- *right*: the cut network gives what the dense network gives when every removed element is zero, to 1e-4 of the largest output,
-  on the example that the tool saw and on a shuffled one. Layer, group and RMS norms of the dense network count only the channels
+- *right*: the cut network gives what the dense network gives when every removed element is zero, to 1e-4 of the largest
+  output, on the example that the tool saw and on a shuffled one. Norms of the dense network see only the channels
   that stay (removing a channel from a norm's mean is what any tool does), and where the dimensions inside a head are cut, a
   softmax scale that follows or does not follow their number is accepted either way.
-- *wrong*: it runs, its outputs have the right shape, and its numbers are others. *fails*: the tool or the pruned network raises,
-  or is not done in time. *nothing*: no parameter was removed. *not judged*: see the table.
+- *wrong*: it runs, its outputs have the right shape, and its numbers are others. *fails*: the tool or the pruned network
+  raises, or is not done in time. *nothing*: no parameter was removed. *not judged*: see the table.
 - Weights are scaled to unit gain first. With the tiny weights of an untrained transformer attention is uniform, and mixed-up
   heads pass for right.
 
@@ -438,32 +443,37 @@ def write(rows: list[dict[str, Any]]) -> None:
     (ROOT / "docs" / "side-by-side.md").write_text(page.rstrip() + "\n", encoding="utf-8")
 
 
+def earlier() -> dict[str, dict[str, Any]]:
+    """The rows that are published already, by network."""
+    path = RESULTS / "anatomy.json"
+    return {r["network"]: r for r in json.loads(path.read_text(encoding="utf-8"))["networks"]} if path.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="networks (default: the whole zoo, and the results are published)")
+    parser.add_argument("names", nargs="*", help="networks (default: all)")
     names = parser.parse_args().names
-    try:
-        version("torch-pruning"), version("transformers")
-    except PackageNotFoundError as missing:
-        print(f"skipped: {missing.name} is not installed (pip install 'resect[compare,hf]')")
+    if any(find_spec(package) is None for package in ("torch_pruning", "transformers")):
+        print("skipped: torch-pruning or transformers is not installed (pip install 'resect[compare,hf]')")
         return
+    import hard_cases  # noqa: F401 (registers the networks that only this comparison has)
     from zoo import WHOLE
 
     torch.set_num_threads(1)
     warm()
-    rows = []
+    rows = earlier() if names else {}
     for name in names or WHOLE:
-        rows.append(compared(name))
-        print(name, *(f"{k}: {summary(rows[-1][k])}" for k in ("resect", "plain", "hints")), sep=" | ", flush=True)
-    if not names:
-        write(rows)
+        rows[name] = compared(name)
+        print(name, *(f"{k}: {summary(rows[name][k])}" for k in ("resect", "plain", "hints")), sep=" | ", flush=True)
+    write([rows[name] for name in WHOLE if name in rows])
 
 
 def summary(r: dict[str, Any]) -> str:
     """One run in a line of the terminal."""
     numbers = f"{r.get('removed', 0):.0%} {r.get('seconds', 0):.2f} s {r.get('megabytes', 0):.0f} MB"
     gaps = " ".join(f"{way} {gap:.0e}" for way, gap in r.get("gaps", {}).items())
-    return " ".join(part for part in (r["verdict"], r.get("hint", ""), numbers, r.get("why", ""), gaps) if part)
+    effect = f"effect {r['effect']:.0e}" if "effect" in r else ""
+    return " ".join(part for part in (r["verdict"], r.get("hint", ""), numbers, r.get("why", ""), gaps, effect) if part)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def masked(dense: nn.Module, kept: Mapping[str, Tensor], *, readers_only: bool) 
 
 @dataclass(frozen=True, kw_only=True)
 class Narrow:
-    """What a norm counts in the cut network: how many channels, and which (None where the norm has no weight to tell)."""
+    """What a norm of the cut network takes a mean over: how many channels; which of all (None where no weight tells)."""
 
     channels: int
     stays: Tensor | None
@@ -138,17 +138,17 @@ def _layer_norm(narrow: Narrow, x: Tensor, shape: Any, weight: Any = None, bias:
 
 def _group_norm(narrow: Narrow, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
     parts = narrow.only(x, 1).unflatten(1, (groups, -1)).flatten(2)
-    y = _standard(parts, [2], narrow.channels // groups * math.prod(x.shape[2:]), eps).view_as(x)
+    y = _standard(parts, [2], narrow.channels * math.prod(x.shape[2:]), eps).view_as(x)
     y = y if weight is None else y * weight.view(-1, *[1] * (x.ndim - 2))
     return y if bias is None else y + bias.view(-1, *[1] * (x.ndim - 2))
 
 
 def _channels(norm: nn.Module) -> int | None:
-    """How many channels a norm module counts; None for other modules."""
+    """How many channels a norm module takes a mean over; None for other modules."""
     weight = getattr(norm, "weight", None)
     if isinstance(norm, nn.GroupNorm):
-        return norm.num_channels
-    if _is_rms(norm):
+        return norm.num_channels // norm.num_groups
+    if _is_rms(norm) or _is_own_layer_norm(norm) or _is_grn(norm):
         return weight.numel() if isinstance(weight, Tensor) else None
     shape = getattr(norm, "normalized_shape", None)
     return math.prod(shape) if isinstance(shape, (tuple, list)) else None
@@ -156,6 +156,16 @@ def _channels(norm: nn.Module) -> int | None:
 
 def _is_rms(norm: nn.Module) -> bool:
     return "RMSNorm" in type(norm).__name__ or type(norm).__name__ == "T5LayerNorm"
+
+
+def _is_own_layer_norm(norm: nn.Module) -> bool:
+    """A layer norm written out by hand, as in DeBERTa."""
+    return type(norm).__name__.endswith("LayerNorm") and not hasattr(norm, "normalized_shape") and not _is_rms(norm)
+
+
+def _is_grn(norm: nn.Module) -> bool:
+    """The global response norm of ConvNeXt V2, which divides by a mean over channels."""
+    return type(norm).__name__.endswith("GRN")
 
 
 @contextmanager
@@ -169,19 +179,35 @@ def narrowed(full: nn.Module, cut: Cut) -> Iterator[None]:
                 continue
             stays = None
             if cut.kept is not None and f"{path}.weight" in cut.kept and getattr(module, "weight", None) is not None:
-                stays = torch.zeros(before)
+                stays = torch.zeros(module.weight.numel())  # type: ignore[union-attr, operator]
                 stays[cut.kept[f"{path}.weight"].flatten()] = 1
             narrow = None if before == now else Narrow(channels=now, stays=stays)
-            for hook in _rms_hooks(module, narrow, before) if _is_rms(module) else _norm_hooks(module, narrow, mode):
+            for hook in _hooks(module, narrow, before, mode):
                 hooks.callback(hook.remove)
         yield
 
 
-def _norm_hooks(module: nn.Module, narrow: Narrow | None, mode: Narrowed) -> list[Any]:
+def _hooks(module: nn.Module, narrow: Narrow | None, before: int, mode: Narrowed) -> list[Any]:
+    if _is_rms(module):
+        return _rms_hooks(module, narrow, before)
+    if _is_grn(module):
+        return [] if narrow is None else [module.register_forward_hook(lambda m, x, y: _grn(m, narrow, x[0], y, before))]
+    if _is_own_layer_norm(module):
+        return [] if narrow is None else [module.register_forward_hook(lambda m, x, y: _own_layer_norm(m, narrow, x[0]))]
     return [
         module.register_forward_pre_hook(lambda m, inputs: mode.current.append(narrow)),
         module.register_forward_hook(lambda m, inputs, y: mode.current.pop() and None),
     ]
+
+
+def _own_layer_norm(module: Any, narrow: Narrow, x: Tensor) -> Tensor:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-5))
+    return _layer_norm(narrow, x, module.weight.shape, module.weight, getattr(module, "bias", None), eps)
+
+
+def _grn(module: Any, narrow: Narrow, x: Tensor, y: Tensor, before: int) -> Tensor:
+    """What is multiplied by the norm is divided by a mean over channels; x and the bias are added to it."""
+    return x + module.bias + (y - x - module.bias) * (narrow.channels / before)
 
 
 def _rms_hooks(module: nn.Module, narrow: Narrow | None, before: int) -> list[Any]:
@@ -246,8 +272,11 @@ def judged(dense: nn.Module, work: Callable[[], Cut], example: Example) -> dict[
         found = gaps(dense, cut, example)
     except Exception as error:
         return {**result, "verdict": "not judged", "why": told_of("reference", error)}
-    gap = min(found.values())
-    return {**result, "verdict": "right" if gap <= TOLERANCE else "wrong", "gap": gap, "gaps": found}
+    gap, effect = min(found.values()), difference(outputs(cut.small, example), outputs(dense, example))
+    result |= {"gap": gap, "gaps": found, "effect": effect}
+    if effect < 10 * TOLERANCE:
+        return {**result, "verdict": "not judged", "why": f"the cut changes the outputs by {effect:.0e} only"}
+    return {**result, "verdict": "right" if gap <= TOLERANCE else "wrong"}
 
 
 def told_of(where: str, error: BaseException) -> str:

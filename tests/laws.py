@@ -147,7 +147,7 @@ def law_5_permuted_units_have_permuted_scores(
         if name == "random":
             continue
         a, b = resect.score(one, name), resect.score(two, name)
-        for group in anatomy.groups:
+        for group in one.anatomy.groups:
             expected = a.values[group.name][orders[group.name]]
             scale = np.abs(expected).max() + 1e-12
             np.testing.assert_allclose(

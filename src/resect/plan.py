@@ -183,13 +183,13 @@ class _Counter:
         place = {name: number for number, name in enumerate(names)}
         self.is_parameter = np.array([name in anatomy.parameters for name in names], dtype=np.float64)
         self.itemsize = np.array([torch.empty((), dtype=getattr(torch, anatomy.dtypes[name])).element_size() for name in names])
-        # MACs add up products: a share of a weight's elements (column 0: no weight) times a group's share (-1: no group).
-        self.terms: dict[int, np.ndarray] = {}
+        # MACs add up products: a share of a weight's elements (column 0: no weight) times shares of groups.
+        self.terms: dict[tuple[int, ...], np.ndarray] = {}
         for product in anatomy.contractions:
-            owner = -1 if product.group is None else self.groups[product.group]
+            owners = tuple(sorted(self.groups[name] for name in product.groups))
             column = 0 if product.tensor is None else 1 + place[product.tensor]
             elements = 1 if product.tensor is None else math.prod(anatomy.shapes[product.tensor])
-            self.terms.setdefault(owner, np.zeros(1 + len(names)))[column] += product.macs / max(elements, 1)
+            self.terms.setdefault(owners, np.zeros(1 + len(names)))[column] += product.macs / max(elements, 1)
 
     def _widths(self, anatomy: Anatomy, place: Mapping[tuple[str, int], int]) -> np.ndarray:
         """(axes, groups) how much of an axis leaves with one unit."""
@@ -205,8 +205,8 @@ class _Counter:
         elements = np.multiply.reduceat(lengths, self.starts, axis=1)
         weights = np.concatenate([np.ones((len(kept), 1)), elements], axis=1)
         macs = np.zeros(len(kept))
-        for owner, per in self.terms.items():
-            macs += (weights @ per) * (1.0 if owner < 0 else kept[:, owner] / self.units[owner])
+        for owners, per in self.terms.items():
+            macs += (weights @ per) * (kept[:, owners] / self.units[list(owners)]).prod(1)
         return np.stack([elements @ self.is_parameter, macs, elements @ self.itemsize], axis=1)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -92,14 +92,18 @@ class Contraction:
     """One product counted in the cost: `macs` multiply-accumulates for the dense network on one example.
 
     With `tensor` the product reads a weight, and its MACs scale with the number of that weight's elements that remain.
-    With `group` they scale with the share of its units that remain as well: products of activations (attention heads), and
-    weights that are applied once for each unit (token mixing). Constant where both are None.
+    They scale with the share of units that remain of every group in `groups` as well: those on axes that the weight does not
+    have, such as heads and inner widths in products of activations, or the units that a token mixing is applied to one by one.
     """
 
     op: str
     macs: float
     tensor: str | None = None
-    group: str | None = None
+    groups: tuple[str, ...] = ()
+
+    def without(self, names: Collection[str]) -> Contraction:
+        """The same product where these groups are no longer cut."""
+        return replace(self, groups=tuple(name for name in self.groups if name not in names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +172,7 @@ class Anatomy:
             self,
             groups=tuple(g for g in self.groups if g.name not in left),
             pins=self.pins + pins,
-            contractions=tuple(replace(c, group=None) if c.group in left else c for c in self.contractions),
+            contractions=tuple(c.without(left) for c in self.contractions),
         )
 
     @property

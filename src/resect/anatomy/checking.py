@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resect.anatomy.anatomy import Anatomy, AttributeEdit, Group, Pin
-from resect.anatomy.attributes import Edits, alternatives
-from resect.anatomy.attributes import candidates as alternatives_of
+from resect.anatomy.attributes import Edits, alternatives, candidates
 from resect.anatomy.slicing import apply, masked_weights, named_tensors, skeleton
 from resect.anatomy.slicing import replace as put
 
@@ -24,12 +23,16 @@ def half(group: Group, seed: int = 0) -> np.ndarray:
     return without(group, 0.5, np.random.default_rng([seed, group.units]))
 
 
-def without(group: Group, share: float, rng: np.random.Generator) -> np.ndarray:
-    """The mask of a random plan that removes about `share` of a group: equally many of each part, a count the group allows."""
+def without(group: Group, share: float, rng: np.random.Generator, *, odd: bool = False) -> np.ndarray:
+    """The mask of a random plan that removes about `share` of a group: equally many of each part, a count the group allows.
+
+    odd: an odd number of each part where that is allowed, so that kernels and views that want even widths are found out.
+    """
     parts = int(group.parts.max()) + 1
     step = int(np.lcm(parts, group.multiple_of)) // parts
     most = group.units // parts
     gone = min(max(round(share * most / step) * step, step), most - step)
+    gone += odd and gone % 2 == 0 and gone + step < most
     keep = np.ones(group.units, dtype=bool)
     for part in range(parts):
         keep[rng.permutation(np.flatnonzero(group.parts == part))[: max(gone, 0)]] = False
@@ -43,8 +46,19 @@ def uneven(groups: Sequence[Group]) -> dict[str, np.ndarray]:
     for group in groups:
         place = seen[group.units] = seen.get(group.units, -1) + 1
         rng = np.random.default_rng([place, group.units])
-        plan[group.name] = without(group, (0.3, 0.5, 0.7)[place % 3], rng)
+        plan[group.name] = without(group, (0.3, 0.5, 0.7)[place % 3], rng, odd=group.multiple_of == 1)
     return plan
+
+
+def _few_of_each(kinds: Sequence[str], most: int = 4) -> list[tuple[int, str]]:
+    """The first groups of every kind, by place: the layers of one network repeat each other."""
+    seen: dict[str, int] = {}
+    chosen = []
+    for place, kind in enumerate(kinds):
+        seen[kind] = seen.get(kind, 0) + 1
+        if seen[kind] <= most:
+            chosen.append((place, kind))
+    return chosen
 
 
 def apart(kinds: Sequence[str], plan: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
@@ -127,7 +141,9 @@ class Trial:
         is found out. And parts of it: so is a group that must be as wide as another.
         """
         keep = uneven(groups)
-        plans = [keep, {n: ~k for n, k in keep.items()}, *apart([_kind(self.model, g) for g in groups], keep)]
+        some = _few_of_each([_kind(self.model, g) for g in groups])
+        parts = apart([kind for _, kind in some], {groups[i].name: keep[groups[i].name] for i, _ in some})
+        plans = [keep, {n: ~k for n, k in keep.items()}, *parts]
         return next((fault for plan in plans if (fault := self._fault_of(groups, edits, plan))), None)
 
     def _fault_of(self, groups: Sequence[Group], edits: Edits, keep: Mapping[str, np.ndarray]) -> str | None:
@@ -151,7 +167,7 @@ class Trial:
         if gap > 10 * self.tolerance:
             return f"permuting its units changes the output by {gap:.1e}"
         try:
-            outputs(apply(skeleton(self.model), anatomy, {group.name: half(group)}), anatomy.example)
+            outputs(apply(skeleton(self.model), anatomy, uneven([group])), anatomy.example)
         except Exception as error:  # as above
             return _failure(error)
         return None
@@ -237,7 +253,7 @@ class _Settling:
             return
         self.edits = self._without_guesses(first) + found
         for group in rest:
-            matching = tuple(e for e in alternatives_of(self.model, group) if _place(e) in {_place(f) for f in found})
+            matching = tuple(e for e in candidates(self.model, group) if _place(e) in {_place(f) for f in found})
             self.edits = self._without_guesses(group) + matching
 
     def _judge(self, group: Group) -> bool:
@@ -306,5 +322,5 @@ def settled(model: nn.Module, anatomy: Anatomy, guesses: Edits) -> Anatomy:
         groups=tuple(g for g in anatomy.groups if g.name in names),
         pins=(*anatomy.pins, *pins),
         edits=tuple(e for e in settling.edits if e.group in names),
-        contractions=tuple(replace(c, group=c.group if c.group in names else None) for c in anatomy.contractions),
+        contractions=tuple(c.without({*c.groups} - {*names}) for c in anatomy.contractions),
     )

@@ -192,12 +192,10 @@ def _batch(inputs: Example) -> int:
 
 def _contractions(watch: Watch, grouped: Grouped, batch: int) -> Iterator[Contraction]:
     for product in watch.products:
-        owner = None
-        if product.labels is not None:
-            labels = product.labels[product.labels >= 0].numpy()
-            owners = np.unique(grouped.group_of[labels])
-            owner = grouped.groups[int(owners[-1])].name if len(owners) and owners[-1] >= 0 else None
-        yield Contraction(op=product.op, macs=product.macs / batch, tensor=product.tensor, group=owner)
+        owners = [grouped.group_of[labels[labels >= 0].numpy()] for labels in product.labels]
+        # an axis that several groups share, or that has positions of none, counts as constant
+        names = [grouped.groups[int(o[0])].name for o in owners if len(o) and o[0] >= 0 and (o == o[0]).all()]
+        yield Contraction(op=product.op, macs=product.macs / batch, tensor=product.tensor, groups=tuple(dict.fromkeys(names)))
 
 
 def _chosen(anatomy: Anatomy, ignore: Sequence[str], only: Sequence[str]) -> Anatomy:

@@ -98,7 +98,7 @@ def macs_per_unit(anatomy: Anatomy, group: Group) -> float:
         if c.tensor in owned:
             part = owned[c.tensor]
             found += c.macs * part.index.shape[1] / (anatomy.shapes[part.tensor][part.axis] * part.blocks)
-        elif c.tensor is None and c.group == group.name:
+        elif group.name in c.groups:
             found += c.macs / group.units
     return found
 

@@ -42,14 +42,20 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def weight_of(*operands: Marks) -> Marks | None:
+    """The operand that is a parameter; of two the larger, which says more about what remains."""
+    weights = [m for m in operands if m.name is not None and m.source == "parameter"]
+    return max(weights, key=lambda m: math.prod(m.shape)) if weights else None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Product:
-    """One contraction that ran: its multiply-accumulates, weight, and the labels of the heads it multiplies."""
+    """One contraction that ran: its multiply-accumulates, weight, and the labels on each axis that the weight lacks."""
 
     op: str
     macs: int
     tensor: str | None
-    labels: Tensor | None
+    labels: tuple[Tensor, ...]
 
 
 class Call:
@@ -98,12 +104,11 @@ class Call:
         size = len(self.marks("self").shape) if ndim is None else ndim
         return int(self._values[name]) % max(size, 1)
 
-    def product(self, macs: float, *operands: Marks, labels: Tensor | None = None) -> None:
+    def product(self, macs: float, *operands: Marks, labels: Sequence[Tensor] = ()) -> None:
         """Count one contraction."""
-        weights = [m for m in operands if m.name is not None and m.source == "parameter"]
-        # of two weights the larger one says more about what remains
-        weight = max(weights, key=lambda m: math.prod(m.shape)).name if weights else None
-        self.watch.products.append(Product(op=self.name, macs=int(macs), tensor=weight, labels=labels))
+        weight = weight_of(*operands)
+        name = None if weight is None else weight.name
+        self.watch.products.append(Product(op=self.name, macs=int(macs), tensor=name, labels=tuple(labels)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

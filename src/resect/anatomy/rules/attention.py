@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from torch import Tensor
 
 from resect.anatomy.algebra import Product, contract, meet, mix
 from resect.anatomy.labels import Marks
-from resect.anatomy.rules.contractions import heads
+from resect.anatomy.rules.contractions import outside_weight
 from resect.anatomy.watching import Call, Followed, rule
 
 _SCORES = Product(a="bhtd", b="bhsd", out="bhts")
@@ -35,8 +34,9 @@ def attention(call: Call) -> Followed:
         call.watch.adopt(bias, scores)
     out = contract(call.book, mix(call.book, scores, [3]), v, _OUTPUT)
     batch, many, targets, width = q.shape
-    macs = batch * many * targets * k.shape[2] * (width + v.shape[3])
-    call.product(math.floor(macs), q, k, labels=heads(out, _OUTPUT))
+    pairs = batch * many * targets * k.shape[2]
+    call.product(pairs * width, q, k, labels=outside_weight(q, k, _SCORES))
+    call.product(pairs * v.shape[3], v, labels=outside_weight(replace(scores, planes=()), v, _OUTPUT))
     if len(call.shape) == 3:
         out = replace(out, shape=call.shape, planes=tuple(p[0] for p in out.planes))
     return out if isinstance(call.out, Tensor) else [out] + [None] * (len(call.out) - 1)

@@ -8,35 +8,29 @@ from dataclasses import replace
 from torch import Tensor
 
 from resect.anatomy.algebra import Product, contract, meet
-from resect.anatomy.labels import Book, Marks, axes, drop, on_axis, vector
-from resect.anatomy.watching import Call, Followed, rule
+from resect.anatomy.labels import Book, Marks, axes, on_axis, vector
+from resect.anatomy.watching import Call, Followed, rule, weight_of
 
 
 def multiply(call: Call, a: Marks, b: Marks, spec: Product) -> Marks:
     """One contraction, followed and counted."""
     out = contract(call.book, a, b, spec)
     sizes = {**dict(zip(spec.b, b.shape)), **dict(zip(spec.a, a.shape))}
-    if "parameter" not in (a.source, b.source):
-        labels = heads(out, spec)
-    else:
-        labels = rows(b, spec.b, spec) if a.source == "parameter" else rows(a, spec.a, spec)
-    call.product(math.prod(sizes.values()), a, b, labels=labels)
+    call.product(math.prod(sizes.values()), a, b, labels=outside_weight(a, b, spec))
     return out
 
 
-def rows(x: Marks, letters: str, spec: Product) -> Tensor | None:
-    """The labels on axes of an activation that a weight does not read: the product is done once for each of them."""
-    for p in x.planes:
-        free = [i for i in axes(p) if letters[i] not in spec.summed]
-        if free and x.source == "activation":
-            return drop(p, (i for i in axes(p) if i not in free)).reshape(-1)
-    return None
-
-
-def heads(out: Marks, spec: Product) -> Tensor | None:
-    """The labels that scale a product of activations: its heads, else its labelled free axes."""
-    chosen = [p for p in out.planes if any(spec.out[i] in spec.batch for i in axes(p))] or list(out.planes)
-    return chosen[0].reshape(-1) if chosen else None
+def outside_weight(a: Marks, b: Marks, spec: Product) -> list[Tensor]:
+    """The labels on every axis of a product that its weight does not have: one vector for each letter that carries any."""
+    chosen = weight_of(a, b)
+    weight = "" if chosen is None else spec.a if chosen is a else spec.b
+    found = []
+    for letter in dict.fromkeys(spec.a + spec.b):
+        sides = [(m, letters.index(letter)) for m, letters in ((a, spec.a), (b, spec.b)) if letter in letters]
+        vectors = [vector(p, axis) for m, axis in sides for p in m.planes if p.shape[axis] > 1]
+        if letter not in weight and vectors:
+            found.append(vectors[0])
+    return found
 
 
 @rule("aten::mm")

@@ -25,11 +25,11 @@ def convolution(call: Call) -> Followed:
     transposed, groups = bool(call.get("transposed")), int(call["groups"])
     batch = _outside(call.book, x, pointwise=_is_pointwise(call, weight))
     space = math.prod(x.shape[2:] if transposed else call.shape[2:])
-    labels = batch[0].reshape(-1) if batch else None
-    call.product(x.shape[0] * space * math.prod(weight.shape), x, weight, labels=labels)
+    outside = [batch[0].reshape(-1)] if batch else []
+    call.product(x.shape[0] * space * math.prod(weight.shape), x, weight, labels=outside)
     read = channels(call.book, x, 1)
-    for labels in x.stats:
-        call.book.pin(labels, "its mean or norm is read by a convolution")
+    for summed in x.stats:
+        call.book.pin(summed, "its mean or norm is read by a convolution")
     for p in weight.planes:
         if any(a > 1 for a in axes(p)) and len(axes(p)) > 1:
             call.book.pin(p, "is a kernel that was computed in a way resect does not follow")
