@@ -24,6 +24,7 @@ check: $(VENV)/.dev  ## everything CI runs
 
 zoo: $(VENV)/.dev  ## every law over the whole zoo of architectures
 	$(PYTEST) -n 2 tests/test_laws.py
+	$(PYTEST) -n 2 -m zoo tests/test_zoo.py
 
 bench: $(VENV)/.dev  ## every published table again, into benchmarks/results
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from resect.anatomy.narrow import narrow
 from resect.errors import FileError, ModelError, PlanError
 from resect.exporting.naming import named_function
 from resect.exporting.plan_file import PLAN, read_plan
@@ -46,6 +47,7 @@ def load(directory: str | os.PathLike[str], make_model: MakeModel | None = None,
     _refuse_other_architecture(model, record, directory)
     _assign(model, tensors, record, directory)
     _set_attributes(model, record["attributes"])
+    narrow(model)
     return model.to(device).eval()
 
 

@@ -36,7 +36,7 @@ def attention(call: Call) -> Followed:
     batch, many, targets, width = q.shape
     pairs = batch * many * targets * k.shape[2]
     call.product(pairs * width, q, k, labels=outside_weight(q, k, _SCORES))
-    call.product(pairs * v.shape[3], v, labels=outside_weight(replace(scores, planes=()), v, _OUTPUT))
+    call.product(pairs * v.shape[3], v, labels=outside_weight(scores, v, _OUTPUT))
     if len(call.shape) == 3:
         out = replace(out, shape=call.shape, planes=tuple(p[0] for p in out.planes))
     return out if isinstance(call.out, Tensor) else [out] + [None] * (len(call.out) - 1)
