@@ -349,7 +349,8 @@ VERDICTS = ("right", "not judged", "nothing", "fails", "wrong")
 PAGE = """# Side by side
 
 Made by `python benchmarks/anatomy.py`: every network of the zoo and three more (`hard_cases.py`), random weights, small
-widths, same machine, one run, each tool in its own process with {limit} seconds. Both remove half of every width they find, at random; nothing is fine-tuned.
+widths, same machine, one run, each tool in its own process with {limit} seconds. Both remove half of every width they find,
+at random; nothing is fine-tuned.
 
 **The question** is only whether the network that comes out is the dense network without those channels, or another function.
 

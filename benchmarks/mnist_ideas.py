@@ -3,11 +3,12 @@
     python benchmarks/mnist_ideas.py --data FOLDER [--seeds 3]
 
 784-512-256-10, trained as in benchmarks/mnist.py; 112 + 42 and 54 + 24 neurons stay. Everything is least squares on 20,000
-training digits, no gradient step. The held-out column (5,000 digits of the search split) is what a choice would be made by; test is
-for the report. The ideas, each on top of greedy elimination and the sequential repair of the library:
+training digits, no gradient step. The held-out column (5,000 digits of the search split) is what a choice would be made by;
+test is for the report. The ideas, each on top of greedy elimination and the sequential repair of the library:
 
 - weights: digits count by the dense network's doubt, 1 - sum p^2 + .01, in elimination and repair.
-- kept rows: the first layer is eliminated for the 42 (24) second-layer neurons that stay, weighed by what the output makes of them.
+- kept rows: the first layer is eliminated for the 42 (24) second-layer neurons that stay, weighed by what the output makes
+  of them.
 - targets: three sweeps in which the second layer's target is moved by the smallest change that would make the logits right.
 - writers: three more sweeps in which the first layer's own rows are re-fitted too. This one changes what the kept neurons
   compute, so it is no repair in the sense of the design; it is here to show what is left on the table.
@@ -19,9 +20,9 @@ import argparse
 from typing import Any
 
 import torch
-from publish import data_folder, publish, spread, table
 from torch import Tensor
 
+from publish import data_folder, publish, spread, table
 from resect.scoring.reconstruction import _System, eliminate
 from resect.sources import Splits, load_data
 from resect.sources.demo import mlp, recipe, train
