@@ -2,10 +2,9 @@
 
     python benchmarks/anatomy.py [networks...]        (needs: pip install 'resect[compare,hf]')
 
-With names only those networks are run again, and their rows replaced.
-
 Every network of the zoo is pruned by half of everything, at random, by resect and by torch-pruning, each in its own forked
-process with a time limit, and `judging` says what came out; `peers` asks the tools. Writes results/anatomy.json and docs/side-by-side.md.
+process with a time limit. `peers` asks the tools, `judging` says what came out. Writes results/anatomy.json and
+docs/side-by-side.md. With names only those networks are run again, and their rows replaced.
 """
 
 from __future__ import annotations
@@ -192,7 +191,8 @@ Looked at by hand:
   of these wrong, the smallest difference 3e-3. Norms are recognised by their class (LayerNorm, RMSNorm, GroupNorm, GRN).
 
 Percentages are the parameters removed: a right answer that leaves attention alone removes less. Seconds are until the pruned
-network exists (resect: with its verification; both with a little bookkeeping of this script); megabytes are the growth of the peak memory of the process.
+network exists, for resect with its verification, for both with some bookkeeping of this script; megabytes are the growth of
+the peak memory of the process.
 
 """
 

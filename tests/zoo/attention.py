@@ -211,7 +211,7 @@ def _() -> Any:
     return Model(Layer(Separate()), pooled=True), words()
 
 
-@entry("torch_multihead_attention")
+@entry("torch_multihead_attention", quick=False)
 def _() -> Any:
     class Attended(nn.Module):
         def __init__(self) -> None:
@@ -226,7 +226,7 @@ def _() -> Any:
     return Attended(), tokens()
 
 
-@entry("torch_transformer_encoder")
+@entry("torch_transformer_encoder", quick=False)
 def _() -> Any:
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 24, batch_first=True, norm_first=True)
     return nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(WIDTH, 5)), tokens()

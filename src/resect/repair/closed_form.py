@@ -50,7 +50,7 @@ class Problem:
     """One reader (or one block of a grouped convolution): y = weight x, of whose columns only `kept` remain.
 
     weight: (outputs, columns). fit, held: (columns + 1, columns + 1) second moments of x with a constant 1 last. constant:
-    whether a constant may be added to the outputs.
+    whether a constant may be added to the outputs. scale: (outputs,) how much each output's error counts.
     """
 
     weight: np.ndarray
@@ -58,6 +58,7 @@ class Problem:
     held: np.ndarray
     kept: np.ndarray
     constant: bool
+    scale: np.ndarray
 
     @property
     def removed(self) -> np.ndarray:
@@ -72,6 +73,7 @@ class Problem:
         residual = np.zeros((len(self.weight), self.weight.shape[1] + 1))
         residual[:, self.removed] = self.weight[:, self.removed]
         residual[:, self.basis] -= change
+        residual *= self.scale[:, None]
         return float(np.einsum("oi,ij,oj->", residual, moments, residual, optimize=True))
 
     def energy(self) -> float:
@@ -79,7 +81,8 @@ class Problem:
         count = max(self.held[-1, -1], 1.0)
         mean = self.held[-1, :-1] / count
         centred = self.held[:-1, :-1] - count * np.outer(mean, mean)
-        return max(float(np.einsum("oi,ij,oj->", self.weight, centred, self.weight, optimize=True)), 1e-300)
+        weight = self.weight * self.scale[:, None]
+        return max(float(np.einsum("oi,ij,oj->", weight, centred, weight, optimize=True)), 1e-300)
 
     def none(self, moments: np.ndarray) -> np.ndarray:
         return np.zeros((len(self.weight), len(self.basis)))
@@ -161,6 +164,7 @@ def _problems(trace: Trace, name: str, kept: np.ndarray, *, constant: bool) -> l
     matrix = as_matrix(trace.weights[name], reader.axis)
     size = trace.weights[name].shape[reader.axis]
     rows, kernel = len(matrix) // reader.blocks, matrix.shape[1] // size
+    scale = trace.scales.get(name, np.ones(len(matrix)))
     problems = []
     for block in range(reader.blocks):
         inside = kept[kept // size == block] % size
@@ -172,6 +176,7 @@ def _problems(trace: Trace, name: str, kept: np.ndarray, *, constant: bool) -> l
                 held=sums.held[block],
                 kept=columns,
                 constant=constant,
+                scale=scale[block * rows : (block + 1) * rows],
             )
         )
     return problems

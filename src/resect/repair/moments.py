@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from resect.batches import Batch, forward, unpack
 from resect.tracing import Reader, Reading, observing
-from resect.tracing.observing import ADDITIONS, NORMS
+from resect.tracing.observing import ADDITIONS, NORMS, norm_line
 from resect.tracing.sums import by_example, design, second_moments
 from resect.tracing.trace import HELD_OUT_EVERY
 
@@ -136,15 +136,6 @@ def _targets(was: _Seen, now: _Seen, small: nn.Module, reader: Reader, batch: Ba
             plain = _by_position(was.reading, was.output, batch, rows)
             target = torch.where(scale.abs() > LEAST_SCALE * scale.abs().max(), (target - shift) / scale, plain)
     return target.reshape(*target.shape[:2], reader.blocks, -1)
-
-
-def norm_line(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """(shift, scale) of a batch norm in evaluation mode: it makes shift + scale * x."""
-    norm: Any = model.get_submodule(name)
-    deviation = (norm.running_var.double() + norm.eps).sqrt()
-    scale = (1 / deviation) if norm.weight is None else norm.weight.detach().double() / deviation
-    shift = -norm.running_mean.double() * scale
-    return (shift if norm.bias is None else shift + norm.bias.detach().double()), scale
 
 
 def _by_position(reading: Reading, values: Tensor, batch: Batch, rows: Tensor | None) -> Tensor:

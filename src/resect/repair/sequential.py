@@ -20,8 +20,9 @@ from resect.anatomy import slicing
 from resect.batches import forward, unpack
 from resect.plan import Plan
 from resect.repair.closed_form import RIDGES, from_matrix, solve
-from resect.repair.moments import Moments, collect, norm_line
+from resect.repair.moments import Moments, collect
 from resect.tracing import Reader, survey
+from resect.tracing.observing import norm_line
 from resect.tracing.trace import HELD_OUT_EVERY, as_matrix
 
 # A step must lower the held-out error by this share of it: rounding alone is not a gain.

@@ -267,3 +267,12 @@ class _Survey:
             self.readers[name] = replace(self.readers[name], offset=buffer, sign=-1)
         self.readers[name] = replace(self.readers[name], norm=buffer.rpartition(".")[0])
         self.made[id(output)] = (output, name)
+
+
+def norm_line(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(shift, scale) of a batch norm in evaluation mode: it makes shift + scale * x."""
+    norm: Any = model.get_submodule(name)
+    deviation = (norm.running_var.double() + norm.eps).sqrt()
+    scale = (1 / deviation) if norm.weight is None else norm.weight.detach().double() / deviation
+    shift = -norm.running_mean.double() * scale
+    return (shift if norm.bias is None else shift + norm.bias.detach().double()), scale

@@ -15,7 +15,7 @@ from torch import nn
 from resect.anatomy import Anatomy, Group, Slices
 from resect.batches import Batch, device_of, forward, unpack
 from resect.errors import DataError, ModelError
-from resect.tracing.observing import Reader, Reading, observing, survey
+from resect.tracing.observing import Reader, Reading, norm_line, observing, survey
 from resect.tracing.sums import Adder, Statistics, Sums, by_example
 
 HELD_OUT_EVERY = 5
@@ -70,7 +70,8 @@ class Trace:
     """What every unit did on data: sums per reader, that merge by `+`.
 
     examples: (classes,) how many of each class were seen. weights: the network's tensors by name, not copies; the trace of one
-    network is of no use for another. labelled: False where all data count as one class.
+    network is of no use for another. scales: (outputs,) per reader with a batch norm behind it, what the norm makes of one unit
+    of each output: errors count by it. labelled: False where all data count as one class.
     """
 
     anatomy: Anatomy
@@ -79,6 +80,7 @@ class Trace:
     examples: np.ndarray
     labelled: bool
     weights: Mapping[str, torch.Tensor]
+    scales: Mapping[str, np.ndarray]
 
     @property
     def classes(self) -> int:
@@ -97,6 +99,7 @@ class Trace:
             examples=self.examples + other.examples,
             labelled=self.labelled and other.labelled,
             weights=self.weights,
+            scales=self.scales,
         )
 
     def evidence(self, group: Group, *, seed: int = 0) -> Evidence:
@@ -142,6 +145,7 @@ class Trace:
         if sums.gram is None or sums.held is None or sums.gram.shape[0] != 1:
             return None
         weight = as_matrix(self.weights[part.tensor], part.axis)
+        weight = weight * self.scales.get(part.tensor, np.ones(len(weight)))[:, None]
         kernel = weight.shape[1] // self.weights[part.tensor].shape[part.axis]
         columns = (part.index[:, :, None] * kernel + np.arange(kernel)).reshape(len(part.index), -1)
         return weight, sums.gram[0] + sums.held[0], columns
@@ -214,6 +218,7 @@ def trace(
         examples=pass_.examples,
         labelled=pass_.labelled,
         weights={**dict(model.named_buffers()), **dict(model.named_parameters())},
+        scales={n: norm_line(model, r.norm)[1].abs().cpu().numpy() for n, r in readers.items() if r.norm is not None},
     )
 
 
