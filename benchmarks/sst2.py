@@ -2,8 +2,8 @@
 
     python benchmarks/sst2.py [--seeds 3] [--sentences 512]
 
-Weights from $RESECT_WEIGHTS/minilm_sst2, sentences from $RESECT_DATA/sst2. Calibration sentences are drawn from the training set by
-the seed, without labels; nothing is chosen by accuracy. The 872 validation sentences are opened for the figures only.
+Weights from $RESECT_WEIGHTS/minilm_sst2, sentences from $RESECT_DATA/sst2. Calibration sentences are drawn from the training
+set by the seed, without labels; nothing is chosen by accuracy. The 872 validation sentences are opened for the figures only.
 """
 
 from __future__ import annotations
