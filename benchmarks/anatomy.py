@@ -42,20 +42,6 @@ SLOW = f"not done in {LIMIT} s"
 # the run ------------------------------------------------------------------------------------------------------------------
 
 
-def lively(model: nn.Module) -> None:
-    """Weights of at least unit gain: with the small ones of an untrained transformer a wrong attention head hardly shows."""
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    draw = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for weight in model.parameters():
-            size = float(weight.double().square().mean().sqrt()) if weight.numel() and weight.is_floating_point() else 1e9
-            fan = 1 if id(weight) in embedded else 16 if weight.ndim < 2 else weight.numel() / weight.shape[0]
-            if size < 1e-3 * fan**-0.5:
-                weight.copy_(torch.randn(weight.shape, generator=draw) * fan**-0.5)
-            elif size < fan**-0.5:
-                weight.mul_(fan**-0.5 / size)
-
-
 def one(name: str, tool: str) -> dict[str, Any]:
     """One tool on one network, in this process."""
     import hard_cases  # noqa: F401
@@ -63,7 +49,6 @@ def one(name: str, tool: str) -> dict[str, Any]:
 
     _quiet()
     model, given = WHOLE[name]()
-    lively(model)
     example: Example = _example(given)
     outputs(model, example)  # what is imported or cached by the first forward pass is charged to neither
     dense = copy.deepcopy(model)

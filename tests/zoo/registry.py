@@ -40,7 +40,22 @@ def settle(model: nn.Module) -> nn.Module:
                 with torch.no_grad():
                     spread = torch.rand_like(tensor) * 0.5
                     tensor.copy_(spread + 0.75 if name in ("weight", "running_var") else spread - 0.25)
+    lively(model)
     return model.eval()
+
+
+def lively(model: nn.Module) -> None:
+    """Weights of at least unit gain: with the small ones of an untrained transformer a wrong attention head hardly shows."""
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            size = float(weight.double().square().mean().sqrt()) if weight.numel() and weight.is_floating_point() else 1e9
+            fan = 1 if id(weight) in embedded else 16 if weight.ndim < 2 else weight.numel() / weight.shape[0]
+            if size < 1e-3 * fan**-0.5:
+                weight.copy_(torch.randn(weight.shape, generator=draw) * fan**-0.5)
+            elif size < fan**-0.5:
+                weight.mul_(fan**-0.5 / size)
 
 
 def image(size: int = 16, channels: int = 3, batch: int = 2) -> Tensor:
