@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--sweeps", type=int, default=1)
+    parser.add_argument("--removed", default="0.1,0.2,0.3,0.4,0.5,0.6,0.7", help="shares of the MACs, for --part curve")
     parser.add_argument("--scorers", default="reconstruction,activation_weight,magnitude,taylor,fluctuation,firing_rate,random")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -130,7 +131,9 @@ def main() -> None:
     if arguments.part == "scorers":
         runs = scorer_runs(depth, NOTEBOOK, arguments.scorers.split(","), arguments.images)
     elif arguments.part == "curve":
-        budgets = {f"{100 * gone:.0f} % of MACs removed": Budget(macs=1 - gone) for gone in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)}
+        budgets = {
+            f"{100 * gone:.0f} % of MACs removed": Budget(macs=1 - gone) for gone in map(float, arguments.removed.split(","))
+        }
         runs = budget_runs(depth, budgets, 1, arguments.images, arguments.sweeps)
     else:
         budget = {"59.3M of 81.1M FLOPs, 174k of 268k parameters": NOTEBOOK} if depth == 20 else {"2.1 times fewer MACs": HALF}
