@@ -189,3 +189,17 @@ def test_groups_whose_readers_cannot_be_observed_are_left_alone() -> None:
     assert [group.name for group in anatomy.groups] == ["first"]
     assert trace.anatomy.groups == ()
     assert any(pin.name == "first" and "cannot be observed" in pin.reason for pin in trace.anatomy.pins)
+
+
+def test_a_writer_may_be_a_vector() -> None:
+    """A network whose hidden units are written by an elementwise scale of its own (gates of a cell written by hand)."""
+    from zoo import WHOLE
+
+    for name in ("lstm_cell_by_hand", "gru_cell_by_hand"):
+        model, example = WHOLE[name]()
+        anatomy = resect.dissect(model, example)
+        rows = example[0] if isinstance(example, tuple) else example
+        trace = resect.trace(model, [rows], anatomy, classes=1)
+        scores = resect.score(trace, "magnitude")
+        assert set(scores.values) == {group.name for group in trace.anatomy.groups}
+        assert scores.values

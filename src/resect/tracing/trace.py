@@ -166,7 +166,7 @@ def squares_of(weight: torch.Tensor, part: Slices) -> np.ndarray:
     if part.blocks > 1:
         tensor = tensor.view(part.blocks, tensor.shape[0] // part.blocks, *tensor.shape[1:])
         return tensor.square().transpose(1, 2).flatten(2).sum(2).flatten().numpy()
-    return tensor.square().movedim(part.axis, 0).flatten(1).sum(1).numpy()
+    return tensor.square().movedim(part.axis, 0).reshape(tensor.shape[part.axis], -1).sum(1).numpy()
 
 
 def trace(
