@@ -88,6 +88,13 @@ def _checked_labels(labels: torch.Tensor | None, size: int, where: str) -> torch
     return labels.long()
 
 
+def example_batch(example: tuple[tuple[Any, ...], dict[str, Any]]) -> Batch:
+    """The example inputs of an anatomy as an unlabelled batch."""
+    args, kwargs = example
+    size = next((int(v.shape[0]) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), 1)
+    return Batch(args=args, kwargs=kwargs, labels=None, mask=None, size=size)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer (cpu for a network without any)."""
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resect.anatomy import slicing
-from resect.batches import Batch, device_of, forward
+from resect.batches import device_of, example_batch, forward
 from resect.errors import ModelError, PlanError, SurgeryError
 from resect.plan import Plan
 
@@ -94,7 +94,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan) -> float:
     """Largest difference between the cut and the masked network on the anatomy's example, relative to the largest output."""
-    batch = example_batch(plan)
+    batch = example_batch(plan.anatomy.example)
     with torch.no_grad():
         with masked(model, plan):
             expected = forward(model, batch).double()
@@ -117,16 +117,9 @@ def check_equal(model: nn.Module, small: nn.Module, plan: Plan) -> None:
         )
 
 
-def example_batch(plan: Plan) -> Batch:
-    """The anatomy's example as a batch."""
-    args, kwargs = plan.anatomy.example
-    size = next((int(v.shape[0]) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim), 1)
-    return Batch(args=args, kwargs=kwargs, labels=None, mask=None, size=size)
-
-
 def check_deterministic(model: nn.Module, plan: Plan) -> None:
     """Raise ModelError unless the network gives the same output twice for the same input."""
-    batch = example_batch(plan)
+    batch = example_batch(plan.anatomy.example)
     with torch.no_grad():
         first, second = forward(model, batch), forward(model, batch)
     if not torch.equal(first, second):

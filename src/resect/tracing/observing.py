@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from resect.anatomy import Anatomy
-from resect.batches import Batch, device_of, forward
+from resect.batches import example_batch, forward
 from resect.errors import ModelError
 
 Op = Literal["linear", "matmul", "conv", "transposed"]
@@ -221,11 +221,8 @@ def survey(model: nn.Module, anatomy: Anatomy, tensors: Iterable[str] | None = N
     is read in two different ways.
     """
     looking = _Survey(names=watched(model, reader_tensors(anatomy) if tensors is None else tensors))
-    args, kwargs = anatomy.example
-    size = next((int(v.shape[0]) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), 1)
-    batch = Batch(args=args, kwargs=kwargs, labels=None, mask=None, size=size)
     with torch.no_grad(), _Watch(looking.names, looking.see, None, looking.follow):
-        forward(model, batch, device=device_of(model))
+        forward(model, example_batch(anatomy.example))
     return looking.readers
 
 

@@ -60,7 +60,7 @@ class Evidence:
     seed: int = 0
 
     def over_readers(self, name: str) -> np.ndarray:
-        """The largest value over the group's readers of one of their arrays; ScoreError-free zeros when nothing reads."""
+        """The largest value over the group's readers of one of their arrays; zeros where nothing reads the group."""
         arrays = [getattr(reader, name) for reader in self.readers]
         return np.max(arrays, axis=0) if arrays else np.zeros((len(self.examples), self.units))
 
