@@ -34,6 +34,11 @@ ADDITIONS = {
     torch.Tensor.__iadd__,
 }
 NORMS = {F.batch_norm: 1, torch.batch_norm: 3}
+RECTIFIERS = {F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_}
+ELEMENTWISE = RECTIFIERS | {
+    F.gelu, F.silu, F.sigmoid, F.tanh, F.elu, F.leaky_relu, F.hardswish, F.mish, F.softplus, F.relu6,
+    torch.sigmoid, torch.tanh, torch.Tensor.sigmoid, torch.Tensor.tanh, torch._C._nn.gelu, torch._C._nn.silu,
+}  # fmt: skip
 CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -47,7 +52,9 @@ class Reader:
     axis: the contracted axis of the stored weight. offset: name of the tensor into which a constant of the reader's output can
     be folded (its bias, or the running mean of the batch norm right behind it, then with sign -1), or None. calls: how often
     the weight is read in one forward pass. norm: the batch norm module right behind it. residual: its output (behind the norm)
-    is added to another activation, which is there before it.
+    is added to another activation, which is there before it. rectified: nothing looks at its output (behind norm and sum) but a
+    rectifier, so that values below zero need not be met, only stay below. fed_by: the weight whose output, through a norm and
+    elementwise functions only, is all that this reader reads, and which nothing else reads.
     """
 
     tensor: str
@@ -63,6 +70,8 @@ class Reader:
     calls: int = 1
     norm: str | None = None
     residual: bool = False
+    rectified: bool = False
+    fed_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +84,7 @@ class Reading:
     weight: torch.Tensor
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Reports calls whose weight is watched. `prepare` may replace the input of the call (to ask for its gradient); `follow`
     is told of every other call that returns a tensor."""
 
@@ -93,7 +102,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        found = self._match(func, args, kwargs)
+        found = self.match(func, args, kwargs)
         if found is None:
             output = func(*args, **kwargs)
             if func in TRANSPOSES and isinstance(output, torch.Tensor) and self._name(args[0]) is not None and output.ndim == 2:
@@ -119,7 +128,7 @@ class _Watch(TorchFunctionMode):
     def _name(self, tensor: Any) -> str | None:
         return self.names.get(id(tensor)) if isinstance(tensor, torch.Tensor) else None
 
-    def _match(self, func, args, kwargs) -> tuple[Reader, int, torch.Tensor] | None:
+    def match(self, func, args, kwargs) -> tuple[Reader, int, torch.Tensor] | None:
         """The reader, the position of its input among the arguments, and the stored weight; None for any other call."""
         if func is F.linear:
             weight, bias = _argument(args, kwargs, 1, "weight"), _argument(args, kwargs, 2, "bias")
@@ -206,7 +215,7 @@ def observing(
     >>> seen
     [torch.Size([5, 3])]
     """
-    return _Watch(watched(model, tensors), callback, prepare, follow)
+    return Watch(watched(model, tensors), callback, prepare, follow)
 
 
 def reader_tensors(anatomy: Anatomy) -> list[str]:
@@ -221,18 +230,20 @@ def survey(model: nn.Module, anatomy: Anatomy, tensors: Iterable[str] | None = N
     is read in two different ways.
     """
     looking = _Survey(names=watched(model, reader_tensors(anatomy) if tensors is None else tensors))
-    with torch.no_grad(), _Watch(looking.names, looking.see, None, looking.follow):
+    with torch.no_grad(), Watch(looking.names, looking.see, None, looking.follow):
         forward(model, example_batch(anatomy.example))
-    return looking.readers
+    return looking.done()
 
 
 class _Survey:
-    """Follows what readers make until it is added to something: through a batch norm, and dropouts that do nothing."""
+    """Follows what readers make: through a batch norm, through dropouts that do nothing, into a sum; and who looks at it."""
 
     def __init__(self, names: dict[int, str]):
         self.names = names
         self.readers: dict[str, Reader] = {}
-        self.made: dict[int, tuple[torch.Tensor, str]] = {}
+        # What a reader made, before ("made") and behind ("bent") elementwise functions; kept, so that identities stay.
+        self.tensors: dict[int, tuple[torch.Tensor, str, str]] = {}
+        self.uses: dict[tuple[str, str], list[str]] = {}
 
     def see(self, reading: Reading) -> None:
         name = reading.reader.tensor
@@ -240,30 +251,83 @@ class _Survey:
         if known is not None and known.op != reading.reader.op:
             raise ModelError(f"{name} is read both as {known.op} and as {reading.reader.op}; add it to ignore=")
         self.readers[name] = replace(reading.reader, calls=known.calls + 1 if known else 1)
-        self.made[id(reading.output)] = (reading.output, name)
+        if (source := self._use(reading.inputs, f"read by {name}")) is not None and source[1] == "bent":
+            self.readers[name] = replace(self.readers[name], fed_by=source[0])
+        self._add(reading.output, name, "made")
 
     def follow(self, func, args, kwargs, output: torch.Tensor) -> None:
         if func in NORMS:
             self._norm(args, _argument(args, kwargs, NORMS[func], "running_mean"), output)
-        elif func is F.dropout and id(args[0]) in self.made:
-            self.made[id(output)] = (output, self.made[id(args[0])][1])
+        elif func is F.dropout and self._known(args[0]):
+            self._add(output, *self.tensors[id(args[0])][1:])
         elif func in ADDITIONS and len(args) == 2 and all(isinstance(a, torch.Tensor) for a in args):
-            terms = [self.made[id(a)][1] for a in args if id(a) in self.made]
-            if terms and args[0].shape == args[1].shape:
-                # Where both terms were read just now, the later reader finds the other term ready.
-                order = list(self.readers)
-                last = max(terms, key=order.index)
-                self.readers[last] = replace(self.readers[last], residual=self.readers[last].calls == 1)
+            self._sum(args, output)
+        elif func in ELEMENTWISE and self._known(args[0]):
+            name, stage = self.tensors[id(args[0])][1:]
+            if stage == "made":
+                self._use(args[0], "rectifier" if func in RECTIFIERS else "function")
+            self._add(output, name, "bent")
+        else:
+            for value in (*args, *kwargs.values()):
+                for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                    self._use(tensor, "other")
+
+    def done(self) -> dict[str, Reader]:
+        """The readers, with what can only be said once everybody who looks at an output is known."""
+        for name, reader in self.readers.items():
+            feeder = reader.fed_by
+            if feeder is not None:
+                alone = len(self.uses[feeder, "made"]) == 1 and self.uses[feeder, "bent"] == [f"read by {name}"]
+                plain = self.readers[feeder].calls == reader.calls == 1 and not self.readers[feeder].residual
+                feeder = feeder if alone and plain else None
+            rectified = self.uses.get((name, "made")) == ["rectifier"] and reader.calls == 1
+            self.readers[name] = replace(reader, rectified=rectified, fed_by=feeder)
+        return self.readers
+
+    def _known(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and id(value) in self.tensors
+
+    def _add(self, tensor: torch.Tensor, name: str, stage: str) -> None:
+        self.tensors[id(tensor)] = (tensor, name, stage)
+
+    def _use(self, tensor: Any, how: str) -> tuple[str, str] | None:
+        if not self._known(tensor):
+            return None
+        _, name, stage = self.tensors[id(tensor)]
+        self.uses.setdefault((name, stage), []).append(how)
+        return name, stage
+
+    def _sum(self, args, output: torch.Tensor) -> None:
+        terms = [self.tensors[id(a)][1] for a in args if self._known(a) and self.tensors[id(a)][2] == "made"]
+        if not terms or args[0].shape != args[1].shape:
+            for value in args:
+                self._use(value, "other")
+            return
+        # Where both terms were read just now, the later reader finds the other term ready.
+        order = list(self.readers)
+        last = max(terms, key=order.index)
+        for value in args:
+            if self._known(value) and self.tensors[id(value)][1:] != (last, "made"):
+                self._use(value, "other")
+        if self.readers[last].calls == 1 and not self.readers[last].residual:
+            self.readers[last] = replace(self.readers[last], residual=True)
+            self._add(output, last, "made")
+        else:
+            self.uses.setdefault((last, "made"), []).append("other")
 
     def _norm(self, args, mean: Any, output: torch.Tensor) -> None:
         buffer = self.names.get(-id(mean)) if isinstance(mean, torch.Tensor) else None
-        if buffer is None or id(args[0]) not in self.made:
+        if buffer is None or not self._known(args[0]) or self.tensors[id(args[0])][2] != "made":
+            self._use(args[0], "other")
             return
-        name = self.made[id(args[0])][1]
+        name = self.tensors[id(args[0])][1]
+        if self.readers[name].residual or self.readers[name].norm is not None:
+            self._use(args[0], "other")
+            return
         if self.readers[name].offset is None:
             self.readers[name] = replace(self.readers[name], offset=buffer, sign=-1)
         self.readers[name] = replace(self.readers[name], norm=buffer.rpartition(".")[0])
-        self.made[id(output)] = (output, name)
+        self._add(output, name, "made")
 
 
 def norm_line(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
