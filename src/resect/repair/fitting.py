@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from resect.anatomy import slicing
-from resect.repair.closed_form import RIDGES, from_matrix, solve
+from resect.repair.closed_form import from_matrix, solve
 from resect.repair.moments import Line, Moments, Rows
 from resect.tracing import Reader
 from resect.tracing.trace import as_matrix
 
 # A step must lower the held-out error by this share of it: rounding alone is not a gain.
 LEAST_GAIN = 1e-4
+# Shrinkage towards what the reader is now, in units of its inputs' mean square: a step with few rows must be a short one.
+RIDGES = (1e-5, 1e-3, 1e-1)
 # Rounds in which targets below zero, behind a rectifier, are moved to what the reader makes of them.
 RELAXATIONS = 3
 
@@ -61,7 +63,7 @@ def write(small: nn.Module, reader: Reader, line: Line, weight: np.ndarray) -> N
 
 
 def fitted(small: nn.Module, reader: Reader, fit: Sequence[Rows], judges: Sequence[Rows], line: Line) -> Fitted:
-    """The solution with the least held-out error: of two ridges, and behind a rectifier of targets moved a few times.
+    """The solution with the least held-out error: of three ridges, and behind a rectifier of targets moved a few times.
 
     fit, judges: rows to solve on and to judge by; in the end what was chosen is solved on both.
     """

@@ -18,6 +18,7 @@ from resect.searching.floor import Budget
 
 COSTS = ("parameters", "macs", "bytes", "units")
 LEVELS = 24
+FINE_LEVELS = 128
 LEAST_SHARE = 0.02
 
 
@@ -95,9 +96,24 @@ class Curves:
             errors[group.name] = np.minimum.accumulate(error)
         return cls(counts=counts, errors=errors)
 
+    def filled(self, anatomy: Anatomy, *, levels: int = FINE_LEVELS) -> Curves:
+        """The curves at every valid count (of wide groups at so many), interpolated."""
+        counts = {group.name: counts_worth_trying(group, levels) for group in anatomy.groups}
+        return Curves(counts=counts, errors={n: _between(counts[n], self.counts[n], self.errors[n]) for n in counts})
+
+
+def _between(wanted: np.ndarray, counts: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Errors between measured counts: exponential, but linear up to the whole group, where the error is 0."""
+    found = np.exp(np.interp(wanted, counts, np.log(np.maximum(errors, 1e-300))))
+    top = wanted > counts[-2] if len(counts) > 1 else np.zeros(len(wanted), dtype=bool)
+    return np.where(top, np.interp(wanted, counts, errors), found)
+
 
 def counts_worth_trying(group: Group, levels: int) -> np.ndarray:
-    """Counts of units from 2 % to all, evenly spaced in the logarithm."""
+    """Counts of units from 2 % to all: all of them, or where they are more than `levels`, evenly spaced in the logarithm."""
+    step = count_step(group)
+    if group.units // step <= levels:
+        return np.arange(valid_count(group, LEAST_SHARE * group.units), group.units + 1, step)
     shares = np.geomspace(LEAST_SHARE, 1.0, levels)
     return np.unique([valid_count(group, share * group.units) for share in shares])
 

@@ -11,6 +11,9 @@ from resect.repair import Method, reestimate, repair, repair_sequentially
 from resect.scoring import Scores
 from resect.surgery import cut
 
+# How often a weight and the one that it feeds are fitted in turn; more gains little.
+ALTERNATIONS = 5
+
 
 def finish(
     model: nn.Module,
@@ -20,6 +23,7 @@ def finish(
     method: Method,
     *,
     sweeps: int = 1,
+    alternations: int = ALTERNATIONS,
     quiet: bool = True,
 ) -> tuple[nn.Module, dict[str, str]]:
     """The cut network and what repaired each reader of it.
@@ -31,7 +35,7 @@ def finish(
     small = cut(model, plan, weights=fixed.weights)
     methods: dict[str, str] = {name: choice.method for name, choice in fixed.choices.items()}
     if calib is not None and method == "least_squares" and plan.share < 1:
-        small, steps = repair_sequentially(model, small, plan, calib, sweeps=sweeps, quiet=quiet)
+        small, steps = repair_sequentially(model, small, plan, calib, sweeps=sweeps, alternations=alternations, quiet=quiet)
         methods |= {step.tensor: "sequential" for step in steps if step.kept}
         small, renewed = reestimate(model, small, calib)
         if renewed:

@@ -14,7 +14,7 @@ from resect.plan import Plan
 from resect.repair import Method
 from resect.scoring import Scores
 from resect.searching.allocation import Curves, Knapsack, against, measure
-from resect.searching.finishing import finish
+from resect.searching.finishing import ALTERNATIONS, finish
 from resect.searching.floor import Budget
 from resect.searching.found import Found
 from resect.searching.sensitivity import weighed
@@ -33,6 +33,7 @@ def fit(
     val: Iterable[Any] | None = None,
     method: Method = "least_squares",
     sweeps: int = 1,
+    alternations: int = ALTERNATIONS,
     seed: int = 0,
     quiet: bool = True,
 ) -> Found:
@@ -40,7 +41,8 @@ def fit(
 
     budget: shares of parameters, MACs and bytes that may remain (all that are named must hold), or milliseconds at batch 1.
     calib: batches on which groups are weighed and the cut network is repaired; labels are not used. val: labelled batches, only
-    to report the accuracy. sweeps: of the sequential repair.
+    to report the accuracy. sweeps, alternations: of the sequential repair; with alternations=0 the units that stay compute
+    what they did.
 
     The allocation is a knapsack: predicted error of every group (weighed by how much the network's answers suffer from it)
     against the exact joint cost. Latency is measured on the cut network itself, one thread, CPU time, and MACs are bisected
@@ -51,8 +53,9 @@ def fit(
     check_deterministic(model, Plan.all(scores.anatomy))
     data = list(calib)
     curves, passes = weighed(Curves.of(scores, method), model, scores, data, method, quiet=quiet)
+    curves = curves.filled(scores.anatomy)
     plan = _fastest_enough(model, scores, curves, budget) if budget.latency_ms is not None else _within(scores, curves, budget)
-    small, repaired = finish(model, scores, plan, data, method, sweeps=sweeps, quiet=quiet)
+    small, repaired = finish(model, scores, plan, data, method, sweeps=sweeps, alternations=alternations, quiet=quiet)
     judged = None if val is None else list(val)
     return Found(
         model=small,
