@@ -10,6 +10,7 @@ from scipy.linalg import blas, lapack, solve_triangular
 
 from resect.errors import ScoreError
 from resect.scoring.scores import scorer
+from resect.scoring.weights import activation_weight
 from resect.tracing import Evidence
 
 RIDGE = 1e-5
@@ -31,12 +32,14 @@ def reconstruction(evidence: Evidence) -> np.ndarray:
 
     Units leave one at a time, the cheapest first: removing columns J from a least-squares reader W with inverse second moments
     H raises its error by tr(W_J (H_JJ)^-1 W_J^T) when the others adapt. Then W and H are downdated, so later choices know what
-    earlier ones left. Groups of over 4096 units lose the cheapest few at a time. Cost O(columns^3) per group. Needs
+    earlier ones left. Groups of over 4096 units lose the cheapest few at a time. Cost O(columns^3) per group. Where no reader's
+    output varies (a single example), a constant restores all of it, and units score as under `activation_weight`. Needs
     `trace(..., grams=True)`, else ScoreError.
 
     Source: Optimal Brain Surgeon (Hassibi & Stork 1993), in structured form SlimGPT, arXiv 2412.18110, and OSSCAR.
     """
-    return np.zeros(evidence.units) if not evidence.readers else eliminated(evidence).lost
+    lost = eliminated(evidence).lost if evidence.readers else np.zeros(0)
+    return lost if lost.any() else activation_weight(evidence).max(0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
