@@ -79,14 +79,11 @@ def eliminate(systems: Sequence[System], *, together: int = 1) -> Elimination:
     while len(left := systems[0].units):
         losses = np.sum([system.losses() / system.energy for system in systems], axis=0) / len(systems)
         chosen = np.argsort(losses, kind="stable")[:together]
-        for unit, loss in zip(left[chosen], losses[chosen]):
-            total += max(float(loss), 0.0)
-            lost[unit] = total
+        # What is lost is what they take with them together, which is more than the sum of what each would take alone.
+        taken = np.sum([system.remove(chosen) / system.energy for system in systems], axis=0) / len(systems)
+        lost[left[chosen]] = total + np.cumsum(taken)
+        total = float(lost[left[chosen[-1]]])
         order += left[chosen].tolist()
-        if len(chosen) == len(left):
-            break
-        for system in systems:
-            system.remove(chosen)
     return Elimination(order=np.array(order), lost=lost)
 
 
@@ -126,8 +123,9 @@ class System:
             return (self.size / self.block)[:, 0, 0]
         return np.trace(np.linalg.solve(self.block, self.size), axis1=1, axis2=2)
 
-    def remove(self, chosen: np.ndarray) -> None:
-        """Take some of the units that are left out (positions among them), and let the others adapt."""
+    def remove(self, chosen: np.ndarray) -> np.ndarray:
+        """Take some of the units that are left out (positions among them) and let the others adapt; (chosen,) increase of the
+        squared error as they leave one after the other."""
         gone = self.place[self.columns[self.units[chosen]]].ravel()
         rows = self.inverse[gone] - self.taken[:, gone].T @ self.taken
         factor = np.linalg.cholesky(rows[:, gone])
@@ -139,8 +137,9 @@ class System:
         self.alive[gone] = False
         self._follow(taken, change, made @ made.T, chosen)
         self.taken, self.made = np.concatenate([self.taken, taken]), np.concatenate([self.made, made])
-        if len(self.taken) >= PENDING:
+        if len(self.taken) >= PENDING and len(self.units):
             self._settle()
+        return np.square(made).sum(1).reshape(len(chosen), -1).sum(1)
 
     def _follow(self, taken: np.ndarray, change: np.ndarray, square: np.ndarray, chosen: np.ndarray) -> None:
         """Bring the blocks of the units that are left up to date: (H - p^T p)_JJ, and the same of (W - q^T p)^T (W - q^T p)."""
