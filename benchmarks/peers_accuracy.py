@@ -6,7 +6,8 @@
 The same trained networks, the same calibration examples, the same budget of MACs (counted by torch's own flop counter), the
 same test set, opened for the final figures only; each tool decides by itself which layers become how narrow.
 
-- torch-pruning 1.6.1: as its documentation reaches a target, in many small steps until the budget is kept. All settings in
+- torch-pruning 1.6.1: as its documentation reaches a target, in many small steps until the budget is kept (with attention in
+  one shot, the ratio bisected: its steps remove the whole share of the heads each time and end in an error). All settings in
   `settings`: the importance (group L2 and L1 norms, L1 norm of the first layer alone; Taylor expansion by weights, within
   units, and with gradients taken anew on the way), local or global ranking, with or without the channels of the residual
   stream; head counts given, whole heads pruned. The best for each budget is taken, by the accuracy on labelled training
@@ -24,71 +25,30 @@ same test set, opened for the final figures only; each tool decides by itself wh
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
-import io
 import logging
-import re
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import update_bn
-from torch.utils.flop_counter import FlopCounterMode
 
 from networks import cifar_images, trained_minilm, trained_resnet
-from peers import attentions, follow
+from peers_tuned import DIVISORS, Case, Cuts, Key, best, fastnas_tries, macs, torch_pruning_tries, unlabelled
 from publish import RESULTS, data_folder, publish, spread, table
 from resect import Budget, dissect, evaluate, fit, score, trace
-from resect.batches import forward, unpack
 from resect.pipeline import example_of
 from resect.sources import load_data
 from resect.sources.demo import mlp, recipe, train
 from resect.sources.huggingface import load_images
 from sst2 import batches
 
-STEPS = 100
-LARGEST_RATIO = 0.95
-ANEW = "Taylor, gradients anew"
-DIVISORS = {"ResNet-20": (16, 8, 4), "ResNet-56": (16, 8)}
 CNN_SHARES = (0.9, 59.3 / 81.1, 0.5)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Case:
-    """A trained network and its data: labelled batches; outputs, stream: patterns of the layers that make the answer, and of
-    those that write the residual stream. choose: training examples that settings are chosen on."""
-
-    name: str
-    model: nn.Module
-    shares: tuple[float, ...]
-    calib: list[Any]
-    choose: list[Any]
-    test: list[Any]
-    outputs: str
-    stream: str | None = None
-
-    @property
-    def example(self) -> Any:
-        given = example_of(self.calib)
-        return given if isinstance(given, dict) else given[0]
-
-    @property
-    def normed(self) -> bool:
-        return any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules())
-
-    def layers(self, pattern: str | None) -> list[nn.Module]:
-        return [m for n, m in self.model.named_modules() if pattern is not None and re.fullmatch(pattern, n)]
 
 
 def resnet(depth: int, seed: int, size: int) -> Case:
@@ -156,176 +116,6 @@ CASES: dict[str, Callable[[int, int], Case]] = {
 }
 
 
-def unlabelled(batch: Any) -> Any:
-    return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else batch[0]
-
-
-def macs(model: nn.Module, example: Any) -> float:
-    """Multiply-accumulates of one forward pass on the example."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**example) if isinstance(example, dict) else model(example)
-    return counter.get_total_flops() / 2
-
-
-# torch-pruning ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    importance: str
-    across: bool
-    stream: bool
-
-    def __str__(self) -> str:
-        where = "inner channels only" if not self.stream else "all channels"
-        return f"{self.importance}, {'global' if self.across else 'local'}, {where}"
-
-
-def importances(kind: str) -> dict[str, Callable[[], Any]]:
-    import torch_pruning as tp
-
-    if kind == "taylor":
-        return {
-            "Taylor": lambda: tp.importance.GroupTaylorImportance(),
-            "Taylor within units": lambda: tp.importance.GroupTaylorImportance(multivariable=True),
-            ANEW: lambda: tp.importance.GroupTaylorImportance(),
-        }
-    plain = {"normalizer": None, "group_reduction": "first"}
-    return {
-        "group L2 norm": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        "group L1 norm": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-        "L1 norm of the first layer": lambda: tp.importance.GroupMagnitudeImportance(p=1, **plain),
-    }
-
-
-def settings(case: Case, kind: str) -> list[Setting]:
-    """All combinations to choose from."""
-    streams = (False, True) if case.stream else (True,)
-    return [
-        Setting(importance=name, across=across, stream=stream)
-        for name in importances(kind)
-        for across in (False, True)
-        for stream in streams
-    ]
-
-
-def by_torch_pruning(case: Case, kind: str, setting: Setting) -> dict[float, nn.Module]:
-    """The first network on the way down that keeps to each share."""
-    import torch_pruning as tp
-
-    model = copy.deepcopy(case.model)
-    own = replace(case, model=model)
-    if kind == "taylor":
-        accumulate_gradients(model, case.calib)
-    found = attentions(model)
-    pruner = tp.pruner.BasePruner(
-        model,
-        case.example,
-        importance=importances(kind)[setting.importance](),
-        global_pruning=setting.across,
-        pruning_ratio=LARGEST_RATIO,
-        iterative_steps=STEPS,
-        ignored_layers=own.layers(case.outputs) + ([] if setting.stream else own.layers(case.stream)),
-        num_heads={layer: a.heads for a in found for layer in a.layers},
-        prune_num_heads=bool(found),
-        prune_head_dims=not found,
-        head_pruning_ratio=LARGEST_RATIO if found else 0.0,
-    )
-    dense, reached, widths = macs(model, case.example), dict[float, nn.Module](), [a.layers[0].out_features for a in found]
-    for step in range(STEPS):
-        if setting.importance == ANEW and step and step % 20 == 0:
-            accumulate_gradients(model, case.calib)
-        pruner.step()
-        for a, width in zip(found, widths):
-            follow(a, pruner.num_heads[a.layers[0]], width)
-        share = macs(model, case.example) / dense
-        for goal in set(case.shares) - set(reached):
-            if share <= goal:
-                reached[goal] = without_gradients(model)
-        if len(reached) == len(case.shares):
-            break
-    return reached
-
-
-def accumulate_gradients(model: nn.Module, data: list[Any]) -> None:
-    model.zero_grad()
-    for item in data:
-        batch = unpack(item)
-        F.cross_entropy(forward(model, batch), batch.labels, reduction="sum").backward()
-
-
-def without_gradients(model: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(model)
-    copied.zero_grad(set_to_none=True)
-    return copied
-
-
-# the choice of settings ---------------------------------------------------------------------------------------------------
-
-Key = tuple[float, bool]  # share of the MACs; batch norm statistics renewed
-Cuts = dict[Key, tuple[str, nn.Module]]  # the setting, and the network it gave
-
-
-def renewed(model: nn.Module, case: Case) -> nn.Module:
-    """With batch norm statistics re-estimated on the calibration examples."""
-    model = copy.deepcopy(model)
-    update_bn([unlabelled(batch) for batch in case.calib], model)
-    return model.eval()
-
-
-def best(case: Case, tries: dict[str, Callable[[], dict[float, nn.Module]]], kept: dict[Key, str], failed: list[str]) -> Cuts:
-    """Per share, the network of the best setting by the accuracy on the examples to choose on, or of the setting in `kept`."""
-    found: dict[Key, tuple[float, str, nn.Module]] = {}
-    for setting, attempt in tries.items():
-        if kept and setting not in kept.values():
-            continue
-        try:
-            reached = attempt()
-        except Exception as error:
-            failed.append(f"{case.name}, {setting}: {type(error).__name__}: {str(error).strip()[:100]}")
-            continue
-        variants = {(share, False): network for share, network in reached.items()}
-        if case.normed:
-            variants |= {(share, True): renewed(network, case) for share, network in reached.items()}
-        for key, network in variants.items():
-            accuracy = evaluate(network, case.choose).accuracy
-            if kept.get(key, setting) == setting and (key not in found or accuracy > found[key][0]):
-                found[key] = accuracy, setting, network
-    return {key: (setting, network) for key, (_, setting, network) in found.items()}
-
-
-def torch_pruning_tries(case: Case, kind: str) -> dict[str, Callable[[], dict[float, nn.Module]]]:
-    return {str(setting): lambda setting=setting: by_torch_pruning(case, kind, setting) for setting in settings(case, kind)}
-
-
-def fastnas_tries(case: Case, quick: bool) -> dict[str, Callable[[], dict[float, nn.Module]]]:
-    divisors = DIVISORS.get(case.name, ())[: 1 if quick else None]
-    return {f"multiples of {divisor}": lambda divisor=divisor: by_fastnas(case, divisor) for divisor in divisors}
-
-
-def by_fastnas(case: Case, divisor: int) -> dict[float, nn.Module]:
-    """One network per share; what it measured of the layers is kept from one share to the next."""
-    import modelopt.torch.prune as mtp
-
-    config = mtp.fastnas.FastNASConfig()
-    config["nn.Conv2d"]["*"]["channel_divisor"] = divisor
-    config["nn.BatchNorm2d"]["*"]["feature_divisor"] = divisor
-    images, reached = torch.cat([unlabelled(batch) for batch in case.calib]), {}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        options = {
-            # Fifty batches are what its calibration of batch norm waits for.
-            "data_loader": list(images.chunk(50)),
-            "collect_func": lambda batch: batch,
-            "score_func": lambda network: 100 * evaluate(network, case.choose).accuracy,
-            "checkpoint": str(Path(folder) / "search.pth"),
-        }
-        for share in case.shares:
-            model, goal = copy.deepcopy(case.model), {"flops": f"{100 * share:.4f}%"}
-            small, _ = mtp.prune(model, [("fastnas", config)], goal, images[:1], options)
-            reached[share] = small.eval()
-    return reached
-
-
 def by_resect(case: Case) -> Cuts:
     calib = [unlabelled(batch) for batch in case.calib]
     anatomy = dissect(case.model, example_of(calib))
@@ -344,11 +134,12 @@ def one_network(name: str, seeds: int, quick: bool) -> tuple[list[dict[str, Any]
     kept: dict[str, dict[Key, str]] = {}
     for seed in range(seeds):
         case = CASES[name](seed, SIZES[name] // (10 if quick else 1))
+        case = replace(case, test=case.test[:2]) if quick else case
         dense = evaluate(case.model, case.test).accuracy
         tools: dict[str, Callable[[dict[Key, str]], Cuts]] = {
             "resect": lambda _: by_resect(case),  # noqa: B023
-            "torch-pruning, magnitude": lambda k: best(case, torch_pruning_tries(case, "magnitude"), k, failed),  # noqa: B023
-            "torch-pruning, Taylor": lambda k: best(case, torch_pruning_tries(case, "taylor"), k, failed),  # noqa: B023
+            "torch-pruning, magnitude": lambda k: best(case, torch_pruning_tries(case, "magnitude", quick), k, failed),  # noqa: B023
+            "torch-pruning, Taylor": lambda k: best(case, torch_pruning_tries(case, "taylor", quick), k, failed),  # noqa: B023
         }
         if find_spec("modelopt") is not None and case.name in DIVISORS:
             tools["FastNAS"] = lambda k: best(case, fastnas_tries(case, quick), k, failed)  # noqa: B023
@@ -412,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default=",".join(CASES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the data, one seed; printed and not published")
+    parser.add_argument("--quick", action="store_true", help="little data, few settings, one seed; printed and not published")
     arguments = parser.parse_args()
     if find_spec("torch_pruning") is None:
         print("skipped: torch-pruning is not installed (pip install 'resect[compare,data,hf]')")
