@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from publish import data_folder, publish, spread, table
-from resect.scoring.reconstruction import _System, eliminate
+from resect.scoring.reconstruction import System, eliminate
 from resect.sources import Splits, load_data
 from resect.sources.demo import mlp, recipe, train
 
@@ -49,7 +49,7 @@ def best(weight: Tensor, h: Tensor, examples: Tensor, keep: int) -> Tensor:
     """The `keep` columns that greedy elimination leaves."""
     rows = with_one(h)
     moments = (rows * examples[:, None]).T @ rows
-    _, order = eliminate([_System(weight.numpy(), moments.numpy(), torch.arange(h.shape[1])[:, None].numpy())])
+    order = eliminate([System(weight.numpy(), moments.numpy(), torch.arange(h.shape[1])[:, None].numpy())]).order
     return torch.from_numpy(order[len(order) - keep :]).sort().values
 
 

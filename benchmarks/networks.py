@@ -1,10 +1,11 @@
-"""Networks the benchmarks run on: an ImageNet-style ResNet-18, and CIFAR-10 ResNets with weights from $RESECT_WEIGHTS."""
+"""Networks the benchmarks run on: an ImageNet-style ResNet-18, and networks with trained weights from $RESECT_WEIGHTS."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,15 +79,28 @@ class ResNet18(nn.Module):
 
 def trained_resnet(depth: int) -> CifarResNet:
     """ResNet-20 or ResNet-56 with its trained weights, in evaluation mode."""
+    model = CifarResNet((depth - 2) // 6)
+    model.load_state_dict(load_file(_weights(f"resnet{depth}_cifar10.safetensors")))
+    return model.eval()
+
+
+def _weights(name: str) -> Path:
     root = os.environ.get("RESECT_WEIGHTS")
     if root is None:
-        sys.exit("no weights: set RESECT_WEIGHTS to the folder that holds resnet20_cifar10.safetensors")
-    model = CifarResNet((depth - 2) // 6)
-    model.load_state_dict(load_file(Path(root) / f"resnet{depth}_cifar10.safetensors"))
-    return model.eval()
+        sys.exit(f"no weights: set RESECT_WEIGHTS to the folder that holds {name}")
+    return Path(root) / name
 
 
 def cifar_images(inputs: Tensor) -> Tensor:
     """(examples, 3, 32, 32) images in [0, 1], normalised as the CIFAR-10 ResNets were trained."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (inputs - mean[:, None, None]) / std[:, None, None]
+
+
+def trained_minilm() -> tuple[Any, Any]:
+    """The MiniLM encoder fine-tuned on SST-2, in evaluation mode and single precision, and its tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = _weights("minilm_sst2")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)

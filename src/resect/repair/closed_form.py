@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -20,6 +21,8 @@ from resect.tracing.trace import as_matrix, squares_of
 Method = Literal["none", "mean", "least_squares"]
 METHODS: tuple[Method, ...] = get_args(Method)
 RIDGES = (1e-5, 1e-3)
+# Outputs whose variance is a smaller share of their squared size count as constant: relative errors are of this share then.
+LEAST_VARIANCE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,8 @@ class Repair:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Problem:
-    """One reader (or one block of a grouped convolution): y = weight x, of whose columns only `kept` remain.
+class Block:
+    """One reader (or one block of a grouped convolution), whole: y = weight x.
 
     weight: (outputs, columns). fit, held: (columns + 1, columns + 1) second moments of x with a constant 1 last. constant:
     whether a constant may be added to the outputs. scale: (outputs,) how much each output's error counts.
@@ -56,48 +59,66 @@ class Problem:
     weight: np.ndarray
     fit: np.ndarray
     held: np.ndarray
-    kept: np.ndarray
     constant: bool
     scale: np.ndarray
 
-    @property
-    def removed(self) -> np.ndarray:
-        return np.setdiff1d(np.arange(self.weight.shape[1]), self.kept)
+    @cached_property
+    def products(self) -> np.ndarray:
+        """(outputs, columns + 1) products of outputs and inputs on the held-out moments, scaled twice."""
+        return np.square(self.scale)[:, None] * (self.weight @ self.held[:-1])
 
-    @property
-    def basis(self) -> np.ndarray:
-        return np.append(self.kept, self.weight.shape[1]) if self.constant else self.kept
+    @cached_property
+    def size(self) -> float:
+        """Squared size of the outputs on the held-out moments."""
+        return float((self.products[:, :-1] * self.weight).sum())
 
-    def error(self, change: np.ndarray, moments: np.ndarray) -> float:
-        """Squared error of the outputs when the removed columns go and `change` (outputs, basis) is added to the basis."""
-        residual = np.zeros((len(self.weight), self.weight.shape[1] + 1))
-        residual[:, self.removed] = self.weight[:, self.removed]
-        residual[:, self.basis] -= change
-        residual *= self.scale[:, None]
-        return float(np.einsum("oi,ij,oj->", residual, moments, residual, optimize=True))
-
+    @cached_property
     def energy(self) -> float:
-        """Squared size of the outputs around their mean on the held-out moments."""
-        count = max(self.held[-1, -1], 1.0)
-        mean = self.held[-1, :-1] / count
-        centred = self.held[:-1, :-1] - count * np.outer(mean, mean)
-        weight = self.weight * self.scale[:, None]
-        return max(float(np.einsum("oi,ij,oj->", weight, centred, weight, optimize=True)), 1e-300)
+        """The same around their mean; outputs that are constant up to rounding have next to none, never 0."""
+        mean = self.scale * (self.weight @ self.held[:-1, -1])
+        return max(self.size - float(np.square(mean).sum()) / max(self.held[-1, -1], 1.0), LEAST_VARIANCE * self.size, 1e-300)
 
-    def none(self, moments: np.ndarray) -> np.ndarray:
-        return np.zeros((len(self.weight), len(self.basis)))
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """A block of whose columns only `kept` remain."""
+
+    block: Block
+    kept: np.ndarray
+
+    @cached_property
+    def removed(self) -> np.ndarray:
+        return np.setdiff1d(np.arange(self.block.weight.shape[1]), self.kept)
+
+    @cached_property
+    def basis(self) -> np.ndarray:
+        return np.append(self.kept, self.block.weight.shape[1]) if self.block.constant else self.kept
+
+    @cached_property
+    def _held(self) -> np.ndarray:
+        return self.block.held[np.ix_(self.basis, self.basis)]
+
+    def error(self, change: np.ndarray) -> float:
+        """Squared error of the outputs, held out, when the removed columns go and `change` (outputs, basis) is added."""
+        block, new = self.block, change.copy()
+        new[:, : len(self.kept)] += block.weight[:, self.kept]
+        fitted = (np.square(block.scale)[:, None] * new) @ self._held
+        return max(block.size + float(((fitted - 2 * block.products[:, self.basis]) * new).sum()), 0.0)
+
+    def none(self) -> np.ndarray:
+        return np.zeros((len(self.block.weight), len(self.basis)))
 
     def mean(self, moments: np.ndarray) -> np.ndarray:
         """The removed units' mean, folded into the constant."""
-        change = self.none(moments)
-        if self.constant:
-            change[:, -1] = self.weight[:, self.removed] @ moments[self.removed, -1] / max(moments[-1, -1], 1.0)
+        change = self.none()
+        if self.block.constant:
+            change[:, -1] = self.block.weight[:, self.removed] @ moments[self.removed, -1] / max(moments[-1, -1], 1.0)
         return change
 
     def least_squares(self, moments: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
         """The ridge solution around the unrepaired reader (so that it is never worse than none), and the condition number."""
         square = moments[np.ix_(self.basis, self.basis)]
-        cross = self.weight[:, self.removed] @ moments[np.ix_(self.removed, self.basis)]
+        cross = self.block.weight[:, self.removed] @ moments[np.ix_(self.removed, self.basis)]
         return solve(square, cross, ridge * float(np.mean(np.diag(moments)[:-1])))
 
 
@@ -131,7 +152,7 @@ def repair(trace: Trace, plan: Plan, method: Method = "least_squares") -> Repair
         if method == "none" or sums.gram is None or sums.held is None:
             choices[name] = Choice(method="none", ridge=0.0, error_before=float("nan"), error_after=float("nan"))
             continue
-        problems = _problems(trace, name, kept, constant=reader.offset is not None)
+        problems = _problems(_blocks(trace, name), kept, trace.weights[name].shape[reader.axis])
         changes, choice = _best(problems, method)
         choices[name] = choice
         if choice.method != "none":
@@ -157,50 +178,43 @@ def kept_columns(trace: Trace, plan: Plan) -> dict[str, np.ndarray]:
     return kept
 
 
-def _problems(trace: Trace, name: str, kept: np.ndarray, *, constant: bool) -> list[Problem]:
+def _blocks(trace: Trace, name: str) -> list[Block]:
     sums, reader = trace.sums[name], trace.readers[name]
     assert sums.gram is not None
     assert sums.held is not None
     matrix = as_matrix(trace.weights[name], reader.axis)
-    size = trace.weights[name].shape[reader.axis]
-    rows, kernel = len(matrix) // reader.blocks, matrix.shape[1] // size
     scale = trace.scales.get(name, np.ones(len(matrix)))
-    problems = []
-    for block in range(reader.blocks):
-        inside = kept[kept // size == block] % size
-        columns = (inside[:, None] * kernel + np.arange(kernel)).ravel()
-        problems.append(
-            Problem(
-                weight=matrix[block * rows : (block + 1) * rows],
-                fit=sums.gram[block],
-                held=sums.held[block],
-                kept=columns,
-                constant=constant,
-                scale=scale[block * rows : (block + 1) * rows],
-            )
-        )
-    return problems
+    constant = reader.offset is not None
+    parts = zip(np.split(matrix, reader.blocks), sums.gram, sums.held, np.split(scale, reader.blocks))
+    return [Block(weight=weight, fit=fit, held=held, constant=constant, scale=part) for weight, fit, held, part in parts]
+
+
+def _problems(blocks: list[Block], kept: np.ndarray, size: int) -> list[Problem]:
+    """The blocks with the columns of `kept`, positions of a contracted axis of `size` that runs through the blocks."""
+    kernel = np.arange(blocks[0].weight.shape[1] // size)
+    inside = [kept[kept // size == number] % size for number in range(len(blocks))]
+    return [Problem(block=block, kept=(own[:, None] * len(kernel) + kernel).ravel()) for block, own in zip(blocks, inside)]
 
 
 def _best(problems: list[Problem], method: Method) -> tuple[list[np.ndarray], Choice]:
     """The rung with the least held-out error over all blocks, solved again on all moments."""
-    before = sum(p.error(p.none(p.fit), p.held) for p in problems)
-    energy = sum(p.energy() for p in problems)
+    before = sum(p.error(p.none()) for p in problems)
+    energy = sum(p.block.energy for p in problems)
     rungs: list[tuple[float, Method, float]] = [(before, "none", 0.0)]
-    rungs.append((sum(p.error(p.mean(p.fit), p.held) for p in problems), "mean", 0.0))
+    rungs.append((sum(p.error(p.mean(p.block.fit)) for p in problems), "mean", 0.0))
     if method == "least_squares":
         rungs += [
-            (sum(p.error(p.least_squares(p.fit, ridge)[0], p.held) for p in problems), "least_squares", ridge)
-            for ridge in RIDGES
+            (sum(p.error(p.least_squares(p.block.fit, ridge)[0]) for p in problems), "least_squares", ridge) for ridge in RIDGES
         ]
     # Without a held-out example every rung has error 0; the ladder's last rung is then the honest default.
     error, chosen, ridge = min(rungs) if energy > 1e-300 else rungs[-1]
-    total = [p.fit + p.held for p in problems]
+    total = [p.block.fit + p.block.held for p in problems]
     if chosen == "least_squares":
         solved = [p.least_squares(moments, ridge) for p, moments in zip(problems, total)]
         changes, condition = [change for change, _ in solved], max(condition for _, condition in solved)
     else:
-        changes, condition = [(p.mean if chosen == "mean" else p.none)(moments) for p, moments in zip(problems, total)], 0.0
+        changes = [p.mean(moments) if chosen == "mean" else p.none() for p, moments in zip(problems, total)]
+        condition = 0.0
     return changes, Choice(
         method=chosen, ridge=ridge, error_before=before / energy, error_after=error / energy, condition=condition
     )
@@ -218,7 +232,7 @@ def fold(
         part = matrix[block * rows : (block + 1) * rows]
         part[:, problem.removed] = 0.0
         part[:, problem.kept] += change[:, : len(problem.kept)]
-        if problem.constant:
+        if problem.block.constant:
             constants[block * rows : (block + 1) * rows] = change[:, -1]
     weights[reader.tensor] = from_matrix(matrix, original, reader.axis)
     if reader.offset is not None:
@@ -247,14 +261,12 @@ def predicted_errors(trace: Trace, group: Group, masks: Sequence[np.ndarray], me
         if sums.gram is None or sums.held is None:
             errors += [_energy_removed(trace, part, mask) for mask in masks]
             continue
-        reader = trace.readers[part.tensor]
-        size = trace.weights[part.tensor].shape[reader.axis] * reader.blocks
+        size, blocks = trace.weights[part.tensor].shape[part.axis], _blocks(trace, part.tensor)
+        energy = sum(block.energy for block in blocks)
         for number, mask in enumerate(masks):
-            if mask.all():
-                continue
-            kept = np.setdiff1d(np.arange(size), part.index[~mask].ravel())
-            problems = _problems(trace, part.tensor, kept, constant=reader.offset is not None)
-            errors[number] += _least_error(problems, method) / sum(p.energy() for p in problems)
+            if not mask.all():
+                kept = np.setdiff1d(np.arange(size * len(blocks)), part.index[~mask].ravel())
+                errors[number] += _least_error(_problems(blocks, kept, size), method) / energy
     return errors
 
 
@@ -267,9 +279,9 @@ def _energy_removed(trace: Trace, part: Slices, mask: np.ndarray) -> float:
 
 
 def _least_error(problems: list[Problem], method: Method) -> float:
-    rungs = [sum(p.error(p.none(p.fit), p.held) for p in problems)]
+    rungs = [sum(p.error(p.none()) for p in problems)]
     if method != "none":
-        rungs.append(sum(p.error(p.mean(p.fit), p.held) for p in problems))
+        rungs.append(sum(p.error(p.mean(p.block.fit)) for p in problems))
     if method == "least_squares":
-        rungs.append(sum(p.error(p.least_squares(p.fit, RIDGES[0])[0], p.held) for p in problems))
+        rungs.append(sum(p.error(p.least_squares(p.block.fit, RIDGES[0])[0]) for p in problems))
     return min(rungs)

@@ -63,7 +63,8 @@ def score(
 
     scorer: a name from SCORERS or a function from Evidence to (units,) or (classes, units), finite, higher = keep.
     classes: the classes that matter (default all). reduce: "max" or "mean" over classes. Units that are dead or constant
-    (variance below 1e-12 of the group's largest) score lowest under every scorer but `random`.
+    (variance below 1e-12 of the group's largest) score lowest under every scorer but `random`; where all are constant, as on
+    a single example, those do that are always 0.
 
     Raises ScoreError for an unknown name (with the nearest), missing evidence, and a scorer that returns another shape or
     values that are not finite.
@@ -112,4 +113,7 @@ def _dead_last(values: np.ndarray, evidence: Evidence) -> np.ndarray:
     variance = evidence.over_readers("variance")
     square = np.max([np.average(r.mean_square, axis=0, weights=evidence.examples) for r in evidence.readers], axis=0)
     dead = variance <= np.maximum(DEAD_VARIANCE * variance.max(), ROUNDING * square)
+    if dead.all():
+        # On one example every unit is constant: only those that never fire are known to do nothing.
+        dead = square == 0
     return np.where(dead, values.min() - 1.0, values)
