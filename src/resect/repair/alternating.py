@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from resect.repair.fitting import LEAST_GAIN, RIDGES, Fitted, current, fitted, step, write
-from resect.repair.moments import Line, Moments, Rows, by_position, rows_of, split
+from resect.repair.moments import Line, Moments, Rows, by_position, precise, rows_of, split
 from resect.repair.walking import GRAM_POSITIONS, Halt, Pair, again
 from resect.tracing import Reader
 from resect.tracing.sums import design
@@ -102,18 +102,17 @@ def _moved(small: nn.Module, pair: Pair, line: Line, outputs: Tensor | None, ask
     read = again(tape[:place], {first: made})
     small_step = SLOPE_STEP * made.std().clamp_min(1e-6)
     slope = again(tape[:place], {first: made + small_step}) - again(tape[:place], {first: made - small_step})
-    slope = slope / (2 * small_step)
-    map_ = _Linear.of(halt, read, _along(line.scale, read, axis))
-    shift, scale = _along(line.shift, read, axis), map_.scale
+    slope = precise(slope / (2 * small_step))
+    shift, scale = (_along(part, precise(read), axis) for part in (line.shift, line.scale))
     constant = _constant(small, reader, line)
     beside = 0.0 if halt.other is None else halt.other
     raw = again(tape[: place + 1], {first: made})
-    now = shift + scale * (raw + _along(constant, read, axis)) + beside
+    now = shift + scale * (raw + _along(constant, precise(read), axis)) + beside
     dense = pair.was.output if pair.was.total is None else pair.was.total
     dense = dense if outputs is None else dense.index_select(axis, outputs.to(dense.device))
     goal = dense if pair.was.total is not None else shift + scale * dense
     goal = torch.where(goal <= 0, now.clamp_max(0), goal) if reader.rectified else goal
-    return made + asked * _smallest(goal - now, slope, map_)
+    return made + asked * _smallest(goal - now, slope, _Linear.of(halt, read, scale))
 
 
 def _constant(small: nn.Module, reader: Reader, line: Line) -> Tensor:
@@ -131,16 +130,18 @@ def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Linear:
-    """What a reader and its norm make of a change of what it reads: scale * (weight x change), and the way back."""
+    """What a reader and its norm make of a change of what it reads: scale * (weight x change), and the way back.
+
+    size: mean over what is read of the squared response.
+    """
 
     forward: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
-    scale: Tensor
     size: float
 
     @classmethod
     def of(cls, halt: Halt, read: Tensor, scale: Tensor) -> _Linear:
-        reader, weight = halt.reading.reader, halt.reading.weight.detach()
+        reader, weight = halt.reading.reader, precise(halt.reading.weight.detach())
         if reader.op == "conv":
             function, transposed = CONVOLUTIONS[read.ndim]
             call: Any = (reader.stride, reader.padding, reader.dilation, reader.blocks)
@@ -156,7 +157,7 @@ class _Linear:
                 lambda error: (scale * error) @ matrix,
             )
             columns = matrix.square() * scale[:, None].square()
-        return cls(forward=forward, back=back, scale=scale, size=float(columns.flatten(1).sum(1).sum()) / columns.shape[1])
+        return cls(forward=forward, back=back, size=float(columns.flatten(1).sum(1).sum()) / columns.shape[1])
 
 
 def _smallest(missing: Tensor, slope: Tensor, map_: _Linear) -> Tensor:

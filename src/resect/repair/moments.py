@@ -119,7 +119,7 @@ def split(pair: Pair, reader: Reader, x: Tensor, y: Tensor, beside: Tensor | Non
     def chosen(part: Tensor, keep: Tensor) -> Tensor:
         rows = part.cpu()[keep]
         rows = rows if rows.ndim == 3 else rows.unflatten(-1, (reader.blocks, -1))
-        return rows.to(x.dtype).transpose(0, 1).contiguous()
+        return rows.to(precise(x).dtype).transpose(0, 1).contiguous()
 
     fit, judge = (
         Rows(x=chosen(x, keep), y=chosen(y, keep), beside=None if beside is None else chosen(beside, keep))
@@ -139,7 +139,12 @@ def by_position(reading: Reading, values: Tensor, batch: Batch, rows: Tensor | N
     else:
         values = by_example(reading, batch.size, values)[0]
     values = values if rows is None else values.index_select(-1, rows.to(values.device))
-    return values.cpu().float() if values.dtype in (torch.float16, torch.bfloat16) else values.cpu()
+    return precise(values).cpu()
+
+
+def precise(values: Tensor) -> Tensor:
+    """Half precision made single: sums of squares overflow in it."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -116,8 +116,7 @@ class _Halting(Watch):
         if -id(inputs) in self.names:
             return func(*args, **kwargs)
         output = func(*args, **kwargs)
-        if reader.fed_by is None or not self._made(inputs):
-            self.tape = []
+        self.tape = self._since(reader.fed_by) if self._made(inputs) else []
         reading = Reading(reader=reader, inputs=inputs, output=output, weight=weight)
         self.tape.append(Call(func=func, args=args, kwargs=kwargs, output=output, reading=reading))
         self.halt = Halt(reading=reading, output=output)
@@ -144,6 +143,11 @@ class _Halting(Watch):
         self.halt = replace(self.halt, other=other, total=total)
         total = self._halted(total)
         return target.copy_(total) if func in IN_PLACE else total
+
+    def _since(self, feeder: str | None) -> list[Call]:
+        """What of the tape leads from a reader's feeder on."""
+        own = [number for number, call in enumerate(self.tape) if call.reading and call.reading.reader.tensor == feeder]
+        return self.tape[own[-1] :] if own else []
 
     @property
     def _awaits_sum(self) -> bool:
