@@ -57,6 +57,9 @@ Repair = Annotated[str, typer.Option(help="none, mean or least_squares.")]
 Allocation = Annotated[str | None, typer.Option(help="How cuts are spread over groups; threshold is the seed method's.")]
 Evaluations = Annotated[int | None, typer.Option(min=1, help="At most so many candidates are judged.")]
 Seconds = Annotated[float | None, typer.Option(min=0, help="At most so many seconds of search.")]
+RoundTo = Annotated[
+    str | None, typer.Option(help="auto: widths that are fast on this device; or a number they should be multiples of.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of splits, training and search.")]
 Out = Annotated[Path, typer.Option(help="Directory to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print result.json to standard output instead of the report.")]
@@ -129,6 +132,7 @@ def prune(
     allocation: Allocation = None,
     evaluations: Evaluations = None,
     seconds: Seconds = None,
+    round_to: RoundTo = None,
     certify_from: Annotated[
         CertifyFrom, typer.Option(help="train: the network was trained on this resect's train split only.")
     ] = CertifyFrom.test,
@@ -147,7 +151,7 @@ def prune(
         with _status(f"reading {data}", quiet=quiet or json):
             splits = fitted(source.model, load_data(data, seed=seed, certify_from=certify_from.value))
         search = {"scorer": scorer, "repair": repair, "allocation": allocation, "evaluations": evaluations, "seconds": seconds}
-        given = {name: value for name, value in search.items() if value is not None}
+        given = {name: value for name, value in {**search, "round_to": _multiple(round_to)}.items() if value is not None}
         known = source.trained_on == splits.train.fingerprint
         notes = (splits.note,) if splits.note and not known else ()
         run = Run(goal=goal, seed=seed, out=out, json=json, quiet=quiet, search=given, notes=notes)
@@ -232,7 +236,7 @@ def _goal(
 ) -> Floor | Budget:
     from resect.searching import Budget, Floor
 
-    limits = {name: value for name, value in (budget or {}).items() if value is not None}
+    limits: dict[str, Any] = {name: value for name, value in (budget or {}).items() if value is not None}
     if sum((accuracy is not None, drop is not None, bool(limits))) != 1:
         raise GoalError(
             "say what must stay true: --floor 0.95 (accuracy at least 95 %) or --drop 0.01 (at most one point lost); "
@@ -346,6 +350,11 @@ def _example(source: Source, model: str, data: str | None, shape: str | None) ->
         positional, keyword = make_example(model)
         return keyword or positional
     raise DataError("to watch the network once, its inputs must be known: give --shape 1,3,32,32, or --data.")
+
+
+def _multiple(text: str | None) -> int | str | None:
+    """What --round-to says: a number where it is one; the library judges the rest."""
+    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
 
 
 def _integers(text: str, option: str) -> tuple[int, ...]:
