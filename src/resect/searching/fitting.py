@@ -57,8 +57,10 @@ def fit(
     data = list(calib)
     rounding = Rounding.of(scores.anatomy, round_to)
     curves, passes = weighed(Curves.of(scores, method, rounding=rounding), model, scores, data, method, quiet=quiet)
-    plan, notes = _within(scores, curves, budget, rounding), tuple[str, ...]()
-    if budget.latency_ms is not None:
+    notes: tuple[str, ...] = ()
+    if budget.latency_ms is None:
+        plan = _within(scores, curves, budget, rounding)
+    else:
         plan, notes = _fastest_enough(model, scores, curves, budget, rounding, quiet)
     small, repaired = finish(model, scores, plan, data, method, sweeps=sweeps, quiet=quiet)
     judged = None if val is None else list(val)
@@ -103,7 +105,10 @@ def _fastest_enough(
     Returns the plan of most predicted milliseconds that was measured to keep to the limit, and what was measured.
     """
     assert budget.latency_ms is not None
-    times, shares = Times.of(model, scores.anatomy, batch=budget.batch, quiet=quiet), against(scores.anatomy, budget)
+    shares = against(scores.anatomy, budget)
+    if shares.weights:
+        _within(scores, curves, budget, rounding)  # raises where the shares alone cannot be kept
+    times = Times.of(model, scores.anatomy, batch=budget.batch, quiet=quiet)
     best, measured, seen = None, [], set[Plan]()
     for _ in range(CORRECTIONS):
         goal = against(scores.anatomy, budget, times)
