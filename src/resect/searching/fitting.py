@@ -56,7 +56,9 @@ def fit(
     check_deterministic(model, Plan.all(scores.anatomy))
     data = list(calib)
     rounding = Rounding.of(scores.anatomy, round_to)
-    curves, passes = weighed(Curves.of(scores, method, rounding=rounding), model, scores, data, method, quiet=quiet)
+    # Where milliseconds count, fast widths are worth trying also where others are allowed.
+    tried = rounding if budget.latency_ms is None else Rounding.of(scores.anatomy, round_to or "auto")
+    curves, passes = weighed(Curves.of(scores, method, rounding=tried), model, scores, data, method, quiet=quiet)
     notes: tuple[str, ...] = ()
     if budget.latency_ms is None:
         plan = _within(scores, curves, budget, rounding)

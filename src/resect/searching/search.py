@@ -180,7 +180,9 @@ def _explore(
         at = allocate.threshold_levels(scores)
         families["threshold"] = lambda share: allocate.threshold(scores, at[int((1 - share) * (len(at) - 1))], rounding)
     if allocation in ("auto", "knapsack"):
-        curves = allocate.Curves.of(scores, method, rounding=rounding)
+        # Where milliseconds count, fast widths are worth trying also where others are allowed.
+        tried = Rounding.of(scores.anatomy, "auto") if measure.times is not None and not rounding.steps else rounding
+        curves = allocate.Curves.of(scores, method, rounding=tried)
         knapsack = allocate.Knapsack(scores=scores, curves=curves, measure=measure, rounding=rounding)
         families["knapsack"] = lambda share: knapsack.within(share * knapsack.dense)
     family, best = next(iter(families.values())), None

@@ -109,8 +109,9 @@ class Times:
     """Predicted milliseconds of one network at one batch size, for any plan: measured layers and a fitted rest.
 
     layers: every product with a weight, in the order of the calls. tables: per layer (input knots, output knots) milliseconds.
-    The rest (norms, activations, attention, overhead) is `fixed` plus `slope` per unit of work that no layer accounts for:
-    multiply-accumulates of other products, and values that the layers hand on. scale: correction learned from whole networks.
+    The rest (norms, activations, attention, overhead) is `fixed` plus `slope` times the share that remains of the work that no
+    layer accounts for: multiply-accumulates of other products, and values that layers hand on. scale: correction learned from
+    whole networks.
     """
 
     anatomy: Anatomy
