@@ -291,17 +291,24 @@ def milliseconds(
 
 
 def _latency(dense: nn.Module, small: nn.Module, example: Any, batch: int, rounds: int, threads: int) -> Latency:
-    calls = [_call(model, *inputs_of(example, batch, device_of(model))) for model in (dense, small)]
-    cpu_only = all(device_of(model).type == "cpu" for model in (dense, small))
+    first, second = (_call(model, *inputs_of(example, batch, device_of(model))) for model in (dense, small))
+    on_cpu = all(device_of(model).type == "cpu" for model in (dense, small))
+    return paired(first, second, batch=batch, rounds=rounds, threads=threads, cpu_time=on_cpu and threads == 1)
+
+
+def paired(
+    dense: Callable[[], Any], small: Callable[[], Any], *, batch: int, rounds: int, threads: int = 1, cpu_time: bool = True
+) -> Latency:
+    """Two calls measured side by side, whatever runs them; the caller sees to their threads. Otherwise as `latency`."""
+    calls = dense, small
     loops = max(_loops(call) for call in calls)
     cpu, wall = np.empty((rounds, 2)), np.empty((rounds, 2))
     for number in range(rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
             cpu[number, which], wall[number, which] = _measure(calls[which], loops)
-    by_cpu = cpu_only and threads == 1
-    times = cpu if by_cpu else wall
+    times = cpu if cpu_time else wall
     ratios = times[:, 0] / times[:, 1]
-    busy = float(np.median(wall / cpu)) if by_cpu else 1.0
+    busy = float(np.median(wall / cpu)) if cpu_time else 1.0
     ms = times * 1000
     return Latency(
         batch=batch,
@@ -311,7 +318,7 @@ def _latency(dense: nn.Module, small: nn.Module, example: Any, batch: int, round
         wins=float((ratios > 1).mean()),
         rounds=rounds,
         threads=threads,
-        clock="CPU time" if by_cpu else "wall time",
+        clock="CPU time" if cpu_time else "wall time",
         warning=f"wall time was {busy:.1f} times CPU time: this machine is busy, measure again when it is idle"
         if busy > BUSY
         else "",
