@@ -156,8 +156,8 @@ def main() -> None:
     rounds = 5 if quick else arguments.rounds
     parts = {
         "widths": lambda: widths(rounds),
-        "resnet": lambda: resnet(rounds, 250 if quick else 1000),
-        "minilm": lambda: minilm(rounds, 64 if quick else 512),
+        "resnet": lambda: resnet(rounds, 250),
+        "minilm": lambda: minilm(rounds, 64 if quick else 256),
     }
     for name in arguments.part or parts:
         figures, text = parts[name]()

@@ -54,6 +54,7 @@ def test_auto_rounds_by_what_the_width_is() -> None:
     convolved = anatomy_of(nn.Sequential(*layers), 3, 4, 4)
     rounding = Rounding.of(convolved, "auto")
     first, narrow = convolved.groups
+    assert Rounding.of(anatomy_of(Gated(12), 6), "auto").counts(anatomy_of(Gated(12), 6).groups[0]) == [4, 8, 12]
     assert rounding.counts(first) == sorted({*range(conv_multiple(), 40, conv_multiple()), 40})
     assert rounding.counts(narrow) == [1, 2, 3, 4, 5, 6]
     gated = anatomy_of(Gated(20), 6)

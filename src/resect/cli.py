@@ -49,7 +49,8 @@ Data = Annotated[str, _DATA]
 FloorOption = Annotated[float | None, typer.Option("--floor", help="Promise: accuracy at least this share, such as 0.95.")]
 Macs = Annotated[float | None, typer.Option(help="Budget in place of a promise: share of MACs that may remain, such as 0.5.")]
 Parameters = Annotated[float | None, typer.Option(help="Budget: share of parameters that may remain.")]
-LatencyMs = Annotated[float | None, typer.Option(help="Budget: milliseconds at batch 1 on this device, one thread.")]
+LatencyMs = Annotated[float | None, typer.Option(help="Budget: milliseconds of one pass on this device, one thread.")]
+Batch = Annotated[int, typer.Option(min=1, help="Examples in the pass that --latency-ms is a limit for.")]
 Drop = Annotated[float | None, typer.Option(help="Promise: at most this share below the dense network; 0.01 is one point.")]
 Delta = Annotated[float, typer.Option(help="The certificate is wrong with at most this probability.")]
 Scorer = Annotated[str | None, typer.Option(help="How units are scored (default: the library's).")]
@@ -126,6 +127,7 @@ def prune(
     macs: Macs = None,
     parameters: Parameters = None,
     latency_ms: LatencyMs = None,
+    batch: Batch = 1,
     delta: Delta = 0.05,
     scorer: Scorer = None,
     repair: Repair = "least_squares",
@@ -146,7 +148,8 @@ def prune(
     with _exit_codes():
         from resect.sources import fitted, load_data, load_model
 
-        goal = _goal(floor, drop, delta, {"macs": macs, "parameters": parameters, "latency_ms": latency_ms})
+        limits = {"macs": macs, "parameters": parameters, "latency_ms": latency_ms, "batch": None if batch == 1 else batch}
+        goal = _goal(floor, drop, delta, limits)
         source = load_model(model, architecture=architecture)
         with _status(f"reading {data}", quiet=quiet or json):
             splits = fitted(source.model, load_data(data, seed=seed, certify_from=certify_from.value))

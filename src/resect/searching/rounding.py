@@ -34,8 +34,9 @@ class Rounding:
         """Steps of every group for `round_to`: a multiple that widths should have, or "auto".
 
         "auto": channels of convolutions to 16 (8 where the CPU has no AVX-512), linear widths to 8, those of 1024 and more (the
-        MLPs of language models) to 128. Heads and experts are never rounded, and a group that is narrower than its multiple
-        keeps whatever is valid. Raises GoalError for anything else.
+        MLPs of language models) to 128; to half of that where a group holds the multiple only once, because what reads it
+        still gains. Heads and experts are never rounded, and a group that is narrower than its multiple keeps whatever is
+        valid. Raises GoalError for anything else.
 
         >>> from resect.anatomy import dissect
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 60), torch.nn.ReLU(), torch.nn.Linear(60, 2)).eval()
@@ -88,8 +89,10 @@ def check_round_to(round_to: object) -> None:
 
 def _fast_multiple(group: Group, convolved: set[str | None]) -> int:
     if any(part.tensor in convolved for part in (*group.writers, *group.readers)):
-        return conv_multiple()
-    return WIDE_LINEAR if group.units >= WIDE else LINEAR
+        multiple = conv_multiple()
+    else:
+        multiple = WIDE_LINEAR if group.units >= WIDE else LINEAR
+    return multiple // 2 if multiple <= group.units < 2 * multiple else multiple
 
 
 def conv_multiple() -> int:
