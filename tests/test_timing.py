@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import resect
-from resect import Plan
+from resect import ModelError, Plan
 from resect.plan import lengths_of
 from resect.searching.timing import Times, _layers, _memory
 from zoo import ZOO
@@ -88,3 +88,17 @@ def test_measured_times_are_finite_for_every_plan(name: str) -> None:
     kept = np.array([[group.units for group in anatomy.groups], [1] * len(anatomy.groups)], dtype=np.float64)
     assert np.isfinite(times.many(kept)).all()
     assert (times.many(kept) > 0).all()
+
+
+def test_a_network_that_does_not_take_the_batch_says_so() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.second(self.first(x).relu().reshape(2, 6))
+
+    model = Fixed().eval()
+    with pytest.raises(ModelError, match=r"failed on inputs of shape \(3, 4\)"):
+        Times.of(model, resect.dissect(model, torch.ones(2, 4)), batch=3)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from resect.batches import device_of, main_output
@@ -27,7 +28,7 @@ LARGEST = 2**31
 OUTPUT = "output"
 
 
-def export_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> Path:
+def export_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str], *, quiet: bool = True) -> Path:
     """Write a network to an ONNX file and return its path, checked to answer as the network does in onnxruntime.
 
     example: inputs as `dissect` takes them: a tensor, a tuple of positional inputs, or a dict of keyword inputs. The inputs of
@@ -51,7 +52,7 @@ def export_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) ->
         raise ModelError(f"the network holds {size / 1e9:.1f} GB, and one ONNX file at most 2; cut it further, or use save()")
     path = Path(path)
     call = _Call.of(model, example)
-    with _renamed_to(path) as new:
+    with Console(stderr=True, quiet=quiet).status("exporting to ONNX"), _renamed_to(path) as new:
         _exported(model, call).save(new)
         _check_equal(model, call, new)
     return path

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from rich.progress import track
 from torch import nn
 
 from resect.errors import GoalError
@@ -112,7 +113,7 @@ def _fastest_enough(
         _within(scores, curves, budget, rounding)  # raises where the shares alone cannot be kept
     times = Times.of(model, scores.anatomy, batch=budget.batch, quiet=quiet)
     best, measured, seen = None, [], set[Plan]()
-    for _ in range(CORRECTIONS):
+    for _ in track(range(CORRECTIONS), description="timing cut networks", disable=quiet, transient=True):
         goal = against(scores.anatomy, budget, times)
         plan = Knapsack(scores=scores, curves=curves, measure=goal, rounding=rounding).within(1.0)
         taken = times.beside(model, cut(model, plan, verify=False))

@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from resect.anatomy import Anatomy
-from resect.batches import device_of
+from resect.batches import Batch, device_of, forward
 from resect.evaluation import Latency, inputs_of, latency, milliseconds
 from resect.plan import Plan, costs_of, lengths_of
 from resect.searching.rounding import conv_multiple
@@ -164,7 +164,7 @@ class Times:
 
     def beside(self, model: nn.Module, small: nn.Module) -> Latency:
         """What a cut network really takes, measured beside the dense one on the anatomy's example."""
-        return latency(model, small, self.anatomy.example, batches=(self.batch,))[0]
+        return latency(model, small, self.anatomy.example, batches=(self.batch,), rounds=10)[0]
 
     def _in_layers(self, kept: np.ndarray) -> np.ndarray:
         """(plans,) milliseconds of the layers alone: their tables, interpolated in both widths."""
@@ -223,7 +223,7 @@ def _layers(model: nn.Module, anatomy: Anatomy, batch: int) -> Iterator[Layer]:
     weights = [name for name, shape in anatomy.shapes.items() if len(shape) > 1 and name in anatomy.parameters]
     args, kwargs = inputs_of(anatomy.example, batch, device_of(model))
     with torch.no_grad(), observing(model, weights, seen.append):
-        model(*args, **kwargs)
+        forward(model, Batch(args=args, kwargs=kwargs, labels=None, mask=None, size=batch))
     changed = {(part.tensor, part.axis) for group in anatomy.groups for part in group.slices}
     for reading in seen:
         reader = reading.reader
