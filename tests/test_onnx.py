@@ -39,6 +39,17 @@ class Attending(nn.Module):
         return {"logits": self.head(self.project(mixed.transpose(1, 2).flatten(2)).relu()[:, 0])}
 
 
+class Positioned(nn.Module):
+    """Token ids of one length only, as many as there are positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.position, self.head = nn.Embedding(20, 8), nn.Parameter(torch.ones(6, 8)), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.head((self.embedding(ids) + self.position).tanh().mean(1))
+
+
 class Fixed(nn.Module):
     """A forward that only takes two examples."""
 
@@ -85,6 +96,14 @@ def test_a_cut_language_model_answers_the_same_for_any_batch_and_sequence(tmp_pa
         inputs = tokens(examples, length)
         (got,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
         np.testing.assert_allclose(got, small(**inputs)["logits"].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sequence_that_the_network_fixes_stays_fixed(tmp_path) -> None:
+    model = Positioned().eval()
+    session = session_of(resect.export_onnx(model, tokens(2, 6)["input_ids"], tmp_path / "net.onnx"))
+    assert [entry.shape for entry in session.get_inputs()] == [["batch", 6]]
+    ids = tokens(5, 6)["input_ids"]
+    np.testing.assert_allclose(session.run(None, {"ids": ids.numpy()})[0], model(ids).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_exporting_leaves_the_network_as_it_was(tmp_path) -> None:

@@ -10,7 +10,7 @@ import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def export_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str], *,
     example: inputs as `dissect` takes them: a tensor, a tuple of positional inputs, or a dict of keyword inputs. The inputs of
     the file have the names that the network's forward has for them; its one output, "output", is the tensor that resect judges
     (logits). The first axis of the example's tensors is the batch and may have any length in the file; so may the second axis
-    of matrices of whole numbers (token ids, masks), the sequence. Weights are inside the file, which holds at most 2 GB.
+    of matrices of whole numbers (token ids, masks), the sequence, unless the network itself fixes it. Weights are inside the
+    file, which holds at most 2 GB.
 
     The file is compared on the example and on another batch (and sequence) length, to 1e-4 of the largest output, and takes its
     name only then: a file of that name is replaced in one rename.
@@ -53,7 +54,8 @@ def export_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str], *,
     path = Path(path)
     call = _Call.of(model, example)
     with Console(stderr=True, quiet=quiet).status("exporting to ONNX"), _renamed_to(path) as new:
-        _exported(model, call).save(new)
+        program, call = _exported(model, call)
+        program.save(new)
         _check_equal(model, call, new)
     return path
 
@@ -71,12 +73,13 @@ def _check_packages() -> None:
 class _Call:
     """How the network is called: its tensors by input name, in order, and what never changes.
 
-    places: position or keyword of every tensor.
+    places: position or keyword of every tensor. sequences: whether sequences may have any length.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     places: dict[str, int | str]
+    sequences: bool = True
 
     @classmethod
     def of(cls, model: nn.Module, example: Any) -> _Call:
@@ -101,7 +104,7 @@ class _Call:
         for name, t in tensors.items():
             if t.ndim and len(t) == batch:
                 axes[name][0] = "batch"
-            if _is_sequence(t):
+            if self.sequences and _is_sequence(t):
                 number = lengths.index(t.shape[1])
                 axes[name][1] = f"sequence_{number + 1}" if number else "sequence"
         return axes
@@ -143,12 +146,13 @@ class _Tensors(nn.Module):
         return main_output(self.model(*args, **kwargs), type(self.model).__name__)
 
 
-def _exported(model: nn.Module, call: _Call) -> Any:
+def _exported(model: nn.Module, call: _Call) -> tuple[Any, _Call]:
+    """The exported program and the call it is for: with sequences of one length where the network fixes it."""
     names, axes = list(call.places), call.axes()
     wrapped = _Tensors(model, call).eval()
     try:
         with _silent():
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 wrapped,
                 tuple(call.tensors().values()),
                 dynamo=True,
@@ -158,9 +162,13 @@ def _exported(model: nn.Module, call: _Call) -> Any:
                 external_data=False,
                 verbose=False,
             )
+        return program, call
     except Exception as error:
+        if any(1 in free for free in axes.values()):
+            return _exported(model, replace(call, sequences=False))
         cause = error.__cause__ or error
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        cause = cause.__cause__ or cause
+        reason = " ".join(line.strip() for line in str(cause).splitlines()[:2]) or type(cause).__name__
         raise ModelError(
             f"{type(model).__name__} cannot be exported to ONNX: {reason}; its forward must be one that torch.export can follow"
         ) from error
