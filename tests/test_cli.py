@@ -150,6 +150,10 @@ def test_quiet_prints_the_verdict_only(here):
         ({"floor": ("--floor", 0.8, "--scorer", "magnitud")}, "magnitude"),
         ({"floor": ("--floor", 0.8, "--repair", "glue")}, "glue"),
         ({"floor": ("--floor", 0.8, "--allocation", "fair")}, "fair"),
+        ({"floor": ("--floor", 0.8, "--round-to", "fast")}, "write round_to="),
+        ({"floor": ("--floor", 0.8, "--round-to", 0)}, "a whole number above 0"),
+        ({"floor": ("--floor", 0.8, "--round-to", -8)}, "a whole number above 0"),
+        ({"floor": ("--macs", 0.5, "--batch", 8)}, "give latency_ms as well"),
         ({"floor": ("--floor", 0.8, "--out", ".")}, "the working directory"),
         ({"floor": ("--floor", 0.8, "--out", "..")}, "the working directory"),
         ({"floor": ("--floor", 0.8, "--out", "my_cli_module.py")}, "is a file"),
@@ -264,5 +268,11 @@ def test_a_budget_in_place_of_a_promise(tmp_path: Path) -> None:
     dense = sum(math.prod(shape) for shape in plan["dense_shapes"].values())
     kept = sum(math.prod(shape) for shape in plan["shapes"].values())
     assert kept <= 0.4 * dense
+    result = CliRunner().invoke(app, [*arguments, "--macs", "0.5", "--round-to", "auto", "--json"])
+    assert result.exit_code == 0, result.output
+    assert all(count % 8 == 0 for count in json.loads(result.stdout)["kept"].values())
+    result = CliRunner().invoke(app, [*arguments, "--latency-ms", "1000", "--batch", "4", "--json"])
+    assert result.exit_code == 0, result.output
+    assert any("batch 4" in note for note in json.loads(result.stdout)["notes"])
     result = CliRunner().invoke(app, [*arguments, "--macs", "0.5", "--floor", "0.9"])
     assert result.exit_code == 2

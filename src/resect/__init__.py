@@ -17,7 +17,7 @@ from resect.errors import (
     SurgeryError,
 )
 from resect.evaluation import Evaluation, Latency, evaluate, latency
-from resect.exporting import load, load_plan, save
+from resect.exporting import export_onnx, load, load_plan, save
 from resect.pipeline import prune
 from resect.plan import Cost, Plan
 from resect.repair import reestimate, repair, repair_sequentially
@@ -31,6 +31,6 @@ __version__ = "0.1.0"
 __all__ = [
     "SCORERS", "Anatomy", "Budget", "Certificate", "Cost", "DataError", "Evaluation", "Evidence", "FileError", "Floor", "Found",
     "GoalError", "Group", "Latency", "ModelError", "Plan", "PlanError", "ResectError", "ScoreError", "Scores", "SurgeryError",
-    "Trace", "Trial", "certify", "cut", "dissect", "evaluate", "fit", "latency", "load", "load_plan", "masked", "prune",
-    "reestimate", "repair", "repair_sequentially", "save", "score", "scorer", "search", "testing", "trace", "verify",
+    "Trace", "Trial", "certify", "cut", "dissect", "evaluate", "export_onnx", "fit", "latency", "load", "load_plan", "masked",
+    "prune", "reestimate", "repair", "repair_sequentially", "save", "score", "scorer", "search", "testing", "trace", "verify",
 ]  # fmt: skip

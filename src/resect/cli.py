@@ -49,7 +49,8 @@ Data = Annotated[str, _DATA]
 FloorOption = Annotated[float | None, typer.Option("--floor", help="Promise: accuracy at least this share, such as 0.95.")]
 Macs = Annotated[float | None, typer.Option(help="Budget in place of a promise: share of MACs that may remain, such as 0.5.")]
 Parameters = Annotated[float | None, typer.Option(help="Budget: share of parameters that may remain.")]
-LatencyMs = Annotated[float | None, typer.Option(help="Budget: milliseconds at batch 1 on this device, one thread.")]
+LatencyMs = Annotated[float | None, typer.Option(help="Budget: milliseconds of one pass on this device, one thread.")]
+Batch = Annotated[int, typer.Option(min=1, help="Examples in the pass that --latency-ms is a limit for.")]
 Drop = Annotated[float | None, typer.Option(help="Promise: at most this share below the dense network; 0.01 is one point.")]
 Delta = Annotated[float, typer.Option(help="The certificate is wrong with at most this probability.")]
 Scorer = Annotated[str | None, typer.Option(help="How units are scored (default: the library's).")]
@@ -57,6 +58,9 @@ Repair = Annotated[str, typer.Option(help="none, mean or least_squares.")]
 Allocation = Annotated[str | None, typer.Option(help="How cuts are spread over groups; threshold is the seed method's.")]
 Evaluations = Annotated[int | None, typer.Option(min=1, help="At most so many candidates are judged.")]
 Seconds = Annotated[float | None, typer.Option(min=0, help="At most so many seconds of search.")]
+RoundTo = Annotated[
+    str | None, typer.Option(help="auto: widths that are fast on this device; or a number they should be multiples of.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of splits, training and search.")]
 Out = Annotated[Path, typer.Option(help="Directory to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print result.json to standard output instead of the report.")]
@@ -123,12 +127,14 @@ def prune(
     macs: Macs = None,
     parameters: Parameters = None,
     latency_ms: LatencyMs = None,
+    batch: Batch = 1,
     delta: Delta = 0.05,
     scorer: Scorer = None,
     repair: Repair = "least_squares",
     allocation: Allocation = None,
     evaluations: Evaluations = None,
     seconds: Seconds = None,
+    round_to: RoundTo = None,
     certify_from: Annotated[
         CertifyFrom, typer.Option(help="train: the network was trained on this resect's train split only.")
     ] = CertifyFrom.test,
@@ -142,12 +148,13 @@ def prune(
     with _exit_codes():
         from resect.sources import fitted, load_data, load_model
 
-        goal = _goal(floor, drop, delta, {"macs": macs, "parameters": parameters, "latency_ms": latency_ms})
+        limits = {"macs": macs, "parameters": parameters, "latency_ms": latency_ms, "batch": None if batch == 1 else batch}
+        goal = _goal(floor, drop, delta, limits)
         source = load_model(model, architecture=architecture)
         with _status(f"reading {data}", quiet=quiet or json):
             splits = fitted(source.model, load_data(data, seed=seed, certify_from=certify_from.value))
         search = {"scorer": scorer, "repair": repair, "allocation": allocation, "evaluations": evaluations, "seconds": seconds}
-        given = {name: value for name, value in search.items() if value is not None}
+        given = {name: value for name, value in {**search, "round_to": _multiple(round_to)}.items() if value is not None}
         known = source.trained_on == splits.train.fingerprint
         notes = (splits.note,) if splits.note and not known else ()
         run = Run(goal=goal, seed=seed, out=out, json=json, quiet=quiet, search=given, notes=notes)
@@ -232,7 +239,7 @@ def _goal(
 ) -> Floor | Budget:
     from resect.searching import Budget, Floor
 
-    limits = {name: value for name, value in (budget or {}).items() if value is not None}
+    limits: dict[str, Any] = {name: value for name, value in (budget or {}).items() if value is not None}
     if sum((accuracy is not None, drop is not None, bool(limits))) != 1:
         raise GoalError(
             "say what must stay true: --floor 0.95 (accuracy at least 95 %) or --drop 0.01 (at most one point lost); "
@@ -346,6 +353,11 @@ def _example(source: Source, model: str, data: str | None, shape: str | None) ->
         positional, keyword = make_example(model)
         return keyword or positional
     raise DataError("to watch the network once, its inputs must be known: give --shape 1,3,32,32, or --data.")
+
+
+def _multiple(text: str | None) -> int | str | None:
+    """What --round-to says: a number where it is one; the library judges the rest."""
+    return int(text) if text is not None and text.lstrip("-").isdecimal() else text
 
 
 def _integers(text: str, option: str) -> tuple[int, ...]:

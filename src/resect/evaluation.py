@@ -273,18 +273,42 @@ def latency(
         return tuple(_latency(dense, small, example, batch, rounds, threads) for batch in batches)
 
 
+def milliseconds(
+    calls: Sequence[Callable[[], Any]], device: torch.device, *, rounds: int = 5, quiet: bool = True
+) -> np.ndarray:
+    """(calls,) median milliseconds of each call over rounds, one thread; CPU time on a CPU, wall time on an accelerator.
+
+    Every round makes all the calls, so that a slow spell of the machine falls on all of them alike.
+    """
+    clock = 0 if device.type == "cpu" else 1
+    calls = [_synchronised(call, device) for call in calls]
+    taken = np.empty((rounds, len(calls)))
+    with _threads(1), torch.inference_mode():
+        loops = [_loops(call) for call in track(calls, description="warming up", disable=quiet, transient=True)]
+        for row in track(taken, description="timing layers", disable=quiet, transient=True):
+            row[:] = [_measure(call, count)[clock] for call, count in zip(calls, loops)]
+    return np.median(taken, axis=0) * 1000
+
+
 def _latency(dense: nn.Module, small: nn.Module, example: Any, batch: int, rounds: int, threads: int) -> Latency:
-    calls = [_call(model, *_inputs(example, batch, device_of(model))) for model in (dense, small)]
-    cpu_only = all(device_of(model).type == "cpu" for model in (dense, small))
+    first, second = (_call(model, *inputs_of(example, batch, device_of(model))) for model in (dense, small))
+    on_cpu = all(device_of(model).type == "cpu" for model in (dense, small))
+    return paired(first, second, batch=batch, rounds=rounds, threads=threads, cpu_time=on_cpu and threads == 1)
+
+
+def paired(
+    dense: Callable[[], Any], small: Callable[[], Any], *, batch: int, rounds: int, threads: int = 1, cpu_time: bool = True
+) -> Latency:
+    """Two calls measured side by side, whatever runs them; the caller sees to their threads. Otherwise as `latency`."""
+    calls = dense, small
     loops = max(_loops(call) for call in calls)
     cpu, wall = np.empty((rounds, 2)), np.empty((rounds, 2))
     for number in range(rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
             cpu[number, which], wall[number, which] = _measure(calls[which], loops)
-    by_cpu = cpu_only and threads == 1
-    times = cpu if by_cpu else wall
+    times = cpu if cpu_time else wall
     ratios = times[:, 0] / times[:, 1]
-    busy = float(np.median(wall / cpu)) if by_cpu else 1.0
+    busy = float(np.median(wall / cpu)) if cpu_time else 1.0
     ms = times * 1000
     return Latency(
         batch=batch,
@@ -294,7 +318,7 @@ def _latency(dense: nn.Module, small: nn.Module, example: Any, batch: int, round
         wins=float((ratios > 1).mean()),
         rounds=rounds,
         threads=threads,
-        clock="CPU time" if by_cpu else "wall time",
+        clock="CPU time" if cpu_time else "wall time",
         warning=f"wall time was {busy:.1f} times CPU time: this machine is busy, measure again when it is idle"
         if busy > BUSY
         else "",
@@ -318,17 +342,22 @@ def _loops(call: Callable[[], Any]) -> int:
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
-    if device_of(model).type == "cpu":
-        return lambda: model(*args, **kwargs)
+    return _synchronised(lambda: model(*args, **kwargs), device_of(model))
+
+
+def _synchronised(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    if device.type == "cpu":
+        return call
 
     def synchronised() -> None:
-        model(*args, **kwargs)
+        call()
         torch.accelerator.synchronize()
 
     return synchronised
 
 
-def _inputs(example: Any, batch: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_of(example: Any, batch: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs for so many examples: the rows of `example` (as in `latency`) cut or repeated."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     if isinstance(example, torch.Tensor):

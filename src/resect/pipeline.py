@@ -17,6 +17,7 @@ from resect.errors import DataError, FileError, GoalError
 from resect.repair import Method
 from resect.scoring import Scorer, score
 from resect.searching import Budget, Floor, Found, Trial, fit, search
+from resect.searching.rounding import RoundTo, check_round_to
 from resect.searching.search import Allocation, Minimise
 from resect.tracing import Trace, trace
 from resect.tracing.trace import check_ready
@@ -36,6 +37,7 @@ def prune(
     minimise: Minimise = "macs",
     evaluations: int = 30,
     seconds: float | None = None,
+    round_to: RoundTo | None = None,
     ignore: Iterable[str] = (),
     only: Iterable[str] = (),
     streams: bool = False,
@@ -61,6 +63,7 @@ def prune(
         raise GoalError("name one goal: prune(..., floor=Floor(drop=0.01)) or prune(..., budget=Budget(macs=0.5))")
     if floor is not None and val is None:
         raise GoalError("a floor is judged on labelled data: give val, which is split into search and certify")
+    check_round_to(round_to)
     record = None if trials is None else _recorder(Path(trials))
     check_ready(model)
     data = calib if isinstance(calib, list) else list(calib)
@@ -71,7 +74,7 @@ def prune(
     seen = trace(model, data, anatomy, gradients=scorer == "taylor", quiet=quiet)
     scores = score(seen, best_scorer(seen) if scorer == "auto" else scorer, seed=seed)
     if budget is not None:
-        return fit(model, scores, budget, data, val=val, method=repair, seed=seed, quiet=quiet)
+        return fit(model, scores, budget, data, val=val, method=repair, round_to=round_to, seed=seed, quiet=quiet)
     assert floor is not None
     assert val is not None
     return search(
@@ -86,6 +89,7 @@ def prune(
         method=repair,
         evaluations=evaluations,
         seconds=seconds,
+        round_to=round_to,
         seed=seed,
         on_trial=record,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -152,9 +152,12 @@ def count_step(group: Group) -> int:
     return int(np.lcm(int(group.parts.max()) + 1, group.multiple_of))
 
 
-def valid_count(group: Group, wanted: float) -> int:
-    """The smallest count of units that may be kept and is at least `wanted` (at least one, at most all)."""
-    step = count_step(group)
+def valid_count(group: Group, wanted: float, step: int | None = None) -> int:
+    """The smallest count of units that may be kept and is at least `wanted` (at least one, at most all).
+
+    step: a multiple of the group's own step that the count should be a multiple of.
+    """
+    step = step or count_step(group)
     return min(max(1, int(np.ceil(wanted / step - 1e-9))) * step, group.units)
 
 
@@ -179,7 +182,8 @@ class _Counter:
         axes = [(name, axis) for name in names for axis in range(max(len(anatomy.shapes[name]), 1))]
         self.starts = np.flatnonzero([axis == 0 for _, axis in axes])
         self.sizes = np.array([(*anatomy.shapes[name], 1)[axis] for name, axis in axes], dtype=np.float64)
-        self.width = self._widths(anatomy, {key: place for place, key in enumerate(axes)})
+        self.axes = {key: place for place, key in enumerate(axes)}
+        self.width = self._widths(anatomy, self.axes)
         place = {name: number for number, name in enumerate(names)}
         self.is_parameter = np.array([name in anatomy.parameters for name in names], dtype=np.float64)
         self.itemsize = np.array([torch.empty((), dtype=getattr(torch, anatomy.dtypes[name])).element_size() for name in names])
@@ -199,9 +203,13 @@ class _Counter:
                 width[place[part.tensor, part.axis], self.groups[group.name]] += part.index.shape[1] / part.blocks
         return width
 
+    def lengths(self, kept: np.ndarray, places: Sequence[int] | slice = slice(None)) -> np.ndarray:
+        """kept: (plans, groups) units that stay; (plans, axes) lengths of all axes, or of those in some places."""
+        return np.round(self.sizes[places] - (self.units - kept) @ self.width[places].T)
+
     def count(self, kept: np.ndarray) -> np.ndarray:
         """kept: (plans, groups) units that stay; (plans, 3) parameters, MACs and bytes."""
-        lengths = np.round(self.sizes - (self.units - kept) @ self.width.T)
+        lengths = self.lengths(kept)
         elements = np.multiply.reduceat(lengths, self.starts, axis=1)
         weights = np.concatenate([np.ones((len(kept), 1)), elements], axis=1)
         macs = np.zeros(len(kept))
@@ -213,6 +221,13 @@ class _Counter:
 def costs_of(anatomy: Anatomy, kept: np.ndarray) -> np.ndarray:
     """(plans, 3) parameters, MACs and bytes of plans that keep so many units, (plans, groups) in the anatomy's order."""
     return _counter(anatomy).count(np.atleast_2d(np.asarray(kept, dtype=np.float64)))
+
+
+def lengths_of(anatomy: Anatomy, kept: np.ndarray, axes: Sequence[tuple[str, int]]) -> np.ndarray:
+    """(plans, axes) lengths that some axes (tensor, axis) have after plans that keep so many units, (plans, groups)."""
+    counter = _counter(anatomy)
+    places = [counter.axes[axis] for axis in axes]
+    return counter.lengths(np.atleast_2d(np.asarray(kept, dtype=np.float64)), places)
 
 
 def _counter(anatomy: Anatomy) -> _Counter:

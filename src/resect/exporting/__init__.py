@@ -13,11 +13,13 @@ function that makes the architecture, and runs one that a file names only where 
 
 from resect.exporting.loading import load, load_plan, make_dense, make_example
 from resect.exporting.naming import named_function, nearest
+from resect.exporting.onnx import export_onnx
 from resect.exporting.plan_file import is_saved, read_plan
 from resect.exporting.saving import check_writable, save
 
 __all__ = [
     "check_writable",
+    "export_onnx",
     "is_saved",
     "load",
     "load_plan",

@@ -15,8 +15,10 @@ from resect.repair import Method
 from resect.repair.closed_form import predicted_errors
 from resect.scoring import Scores
 from resect.searching.floor import Budget
+from resect.searching.rounding import FREE, Rounding
+from resect.searching.timing import Times
 
-COSTS = ("parameters", "macs", "bytes", "units")
+COSTS = ("parameters", "macs", "bytes")
 LEVELS = 24
 FINE_LEVELS = 128
 LEAST_SHARE = 0.02
@@ -26,45 +28,58 @@ LEAST_SHARE = 0.02
 class Measure:
     """What is to become small, as one number per plan: the largest of the weighted costs named.
 
-    weights: by name of a cost ("parameters", "macs", "bytes", "units").
+    weights: by name of a cost ("parameters", "macs", "bytes", "units", "latency"). times: what predicts "latency".
     """
 
     anatomy: Anatomy
     weights: Mapping[str, float]
+    times: Times | None = None
 
     def __call__(self, kept: Mapping[str, int]) -> float:
         return float(self.many(np.array([[kept[group.name] for group in self.anatomy.groups]]))[0])
 
     def many(self, kept: np.ndarray) -> np.ndarray:
         """kept: (plans, groups) in the anatomy's order; (plans,) values."""
-        costs = np.concatenate([costs_of(self.anatomy, kept), kept.sum(1, keepdims=True)], axis=1)
-        return np.max([weight * costs[:, COSTS.index(name)] for name, weight in self.weights.items()], axis=0)
+        costs = [weight * self._cost(name, kept) for name, weight in self.weights.items()]
+        return np.max([np.zeros(len(kept)), *costs], axis=0)
+
+    def _cost(self, name: str, kept: np.ndarray) -> np.ndarray:
+        if name == "latency":
+            assert self.times is not None
+            return self.times.many(kept)
+        return kept.sum(1) if name == "units" else costs_of(self.anatomy, kept)[:, COSTS.index(name)]
 
 
-def measure(anatomy: Anatomy, minimise: str) -> Measure:
-    """One cost alone: "macs", "parameters", "bytes" or "units" (their number)."""
-    return Measure(anatomy=anatomy, weights={minimise: 1.0})
+def measure(anatomy: Anatomy, minimise: str, times: Times | None = None) -> Measure:
+    """One cost alone: "macs", "parameters", "bytes", "units" (their number), or "latency" in the milliseconds of `times`."""
+    return Measure(anatomy=anatomy, weights={minimise: 1.0}, times=times)
 
 
-def against(anatomy: Anatomy, budget: Budget) -> Measure:
-    """The largest of the shares that remain over the shares a budget allows: at most 1 where the budget is kept."""
+def against(anatomy: Anatomy, budget: Budget, times: Times | None = None) -> Measure:
+    """The largest of the costs that remain over those a budget allows: at most 1 where the budget is kept.
+
+    times: predicts milliseconds where the budget has a limit of them.
+    """
     dense = Measure(anatomy=anatomy, weights={"macs": 1.0})
     whole = np.array([[group.units for group in anatomy.groups]], dtype=np.float64)
     goals = {name: share for name in ("parameters", "macs", "bytes") if (share := getattr(budget, name)) is not None}
     total = {name: float(replace(dense, weights={name: 1.0}).many(whole)[0]) for name in goals}
-    return Measure(anatomy=anatomy, weights={name: 1 / (share * total[name]) for name, share in goals.items()})
+    weights = {name: 1 / (share * total[name]) for name, share in goals.items()}
+    if budget.latency_ms is not None and times is not None:
+        weights["latency"] = 1 / budget.latency_ms
+    return Measure(anatomy=anatomy, weights=weights, times=times)
 
 
-def uniform(scores: Scores, share: float) -> Plan:
+def uniform(scores: Scores, share: float, rounding: Rounding = FREE) -> Plan:
     """Every group keeps the same share of its units, the best ones."""
-    return Plan.top(scores.anatomy, scores.values, {g.name: share * g.units for g in scores.anatomy.groups})
+    return rounding.top(scores, {g.name: share * g.units for g in scores.anatomy.groups})
 
 
-def threshold(scores: Scores, at: float) -> Plan:
+def threshold(scores: Scores, at: float, rounding: Rounding = FREE) -> Plan:
     """Every unit whose normalised score is at least `at` stays (the seed method's single threshold); groups keep their best."""
     normal = scores.normalised()
     counts = {g.name: max(1, int((normal[g.name] >= at).sum())) for g in scores.anatomy.groups}
-    return Plan.top(scores.anatomy, scores.values, counts)
+    return rounding.top(scores, counts)
 
 
 def threshold_levels(scores: Scores, count: int = 256) -> np.ndarray:
@@ -85,21 +100,27 @@ class Curves:
     errors: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, scores: Scores, method: Method, *, levels: int = LEVELS) -> Curves:
-        """Curves with about so many levels per group, by the scores' order and the repair that will be allowed."""
+    def of(cls, scores: Scores, method: Method, *, levels: int = LEVELS, rounding: Rounding = FREE) -> Curves:
+        """Curves with about so many levels per group, by the scores' order and the repair that will be allowed; and with the
+        counts that a rounding makes of these levels."""
         counts, errors = {}, {}
         for group in scores.anatomy.groups:
-            counts[group.name] = counts_worth_trying(group, levels)
+            counts[group.name] = _levels_of(group, levels, rounding)
             masks = [best(group, scores.values[group.name], int(count)) for count in counts[group.name]]
             error = predicted_errors(scores.trace, group, masks, method)
             # More units never make the best possible repair worse; what rises by chance is levelled.
             errors[group.name] = np.minimum.accumulate(error)
         return cls(counts=counts, errors=errors)
 
-    def filled(self, anatomy: Anatomy, *, levels: int = FINE_LEVELS) -> Curves:
-        """The curves at every valid count (of wide groups at so many), interpolated."""
-        counts = {group.name: counts_worth_trying(group, levels) for group in anatomy.groups}
+    def filled(self, anatomy: Anatomy, *, levels: int = FINE_LEVELS, rounding: Rounding = FREE) -> Curves:
+        """The curves at every valid count (of wide groups at so many, and at what a rounding makes of these), interpolated."""
+        counts = {group.name: _levels_of(group, levels, rounding) for group in anatomy.groups}
         return Curves(counts=counts, errors={n: _between(counts[n], self.counts[n], self.errors[n]) for n in counts})
+
+
+def _levels_of(group: Group, levels: int, rounding: Rounding) -> np.ndarray:
+    tried = counts_worth_trying(group, levels)
+    return np.union1d(tried, [rounding.up(group, count) for count in tried])
 
 
 def _between(wanted: np.ndarray, counts: np.ndarray, errors: np.ndarray) -> np.ndarray:
@@ -123,12 +144,13 @@ class Knapsack:
     """Plans that trade predicted harm against real cost: minimise sum of errors + price x cost, one plan per price.
 
     For a given price the groups are optimised in turn, each over all its levels with the others fixed and the exact cost of
-    the joint network, until nothing changes.
+    the joint network, until nothing changes. Only levels that the rounding allows are chosen.
     """
 
     scores: Scores
     curves: Curves
     measure: Measure
+    rounding: Rounding = FREE
 
     @cached_property
     def dense(self) -> float:
@@ -137,7 +159,12 @@ class Knapsack:
     @cached_property
     def _levels(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(counts, errors) per group, in the anatomy's order."""
-        return [(self.curves.counts[g.name], self.curves.errors[g.name]) for g in self.scores.anatomy.groups]
+        levels = []
+        for group in self.scores.anatomy.groups:
+            counts = self.curves.counts[group.name]
+            allowed = np.array([self.rounding.up(group, count) == count for count in counts])
+            levels.append((counts[allowed], self.curves.errors[group.name][allowed]))
+        return levels
 
     def plan(self, price: float) -> Plan:
         """The plan at a price, in units of error per dense cost (0 keeps everything)."""
@@ -200,16 +227,18 @@ class Knapsack:
         return Plan.top(self.scores.anatomy, self.scores.values, dict(zip(names, self._kept(chosen).tolist())))
 
 
-def every_plan(scores: Scores, most: int) -> list[Plan] | None:
+def every_plan(scores: Scores, most: int, rounding: Rounding = FREE) -> list[Plan] | None:
     """All combinations of counts of a small network, best units first in each group; None where there are more than `most`."""
-    choices = [range(count_step(g), g.units + 1, count_step(g)) for g in scores.anatomy.groups]
+    choices = [rounding.counts(group) for group in scores.anatomy.groups]
     if np.prod([float(len(choice)) for choice in choices]) > most:
         return None
     names = [group.name for group in scores.anatomy.groups]
     return [Plan.top(scores.anatomy, scores.values, dict(zip(names, counts))) for counts in product(*choices)]
 
 
-def trades(scores: Scores, plan: Plan, curves: Curves, measure: Measure, *, most: int = 12) -> list[Plan]:
+def trades(
+    scores: Scores, plan: Plan, curves: Curves, measure: Measure, *, most: int = 12, rounding: Rounding = FREE
+) -> list[Plan]:
     """Leaner neighbours of a plan: one group gives up a tenth of what it keeps, another may get some back; gentlest first.
 
     Ordered by predicted harm; only plans that cost at least 1 % less are offered.
@@ -222,9 +251,9 @@ def trades(scores: Scores, plan: Plan, curves: Curves, measure: Measure, *, most
             if up == down:
                 continue
             counts = dict(plan.kept)
-            counts[down] = _moved(groups[down], counts[down], 0.9)
+            counts[down] = _moved(groups[down], counts[down], 0.9, rounding.step(groups[down]))
             if up is not None:
-                counts[up] = _moved(groups[up], counts[up], 1.1)
+                counts[up] = _moved(groups[up], counts[up], 1.1, rounding.step(groups[up]))
             offer = Plan.top(scores.anatomy, scores.values, counts)
             if measure(offer.kept) <= 0.99 * now:
                 harm = sum(float(np.interp(offer.kept[n], curves.counts[n], curves.errors[n])) for n in groups)
@@ -232,8 +261,7 @@ def trades(scores: Scores, plan: Plan, curves: Curves, measure: Measure, *, most
     return [offer for _, _, offer in sorted(offers, key=lambda entry: entry[:2])[:most]]
 
 
-def _moved(group: Group, count: int, factor: float) -> int:
-    step = count_step(group)
+def _moved(group: Group, count: int, factor: float, step: int) -> int:
     moved = round(count * factor / step) * step
     if moved == count:
         moved = count + (step if factor > 1 else -step)

@@ -92,6 +92,8 @@ class Floor:
 class Budget:
     """The cost that may remain: shares of the dense network in (0, 1], and milliseconds for latency. All that are given hold.
 
+    latency_ms: median of one forward pass on this device, one thread. batch: examples in that pass.
+
     Raises GoalError when nothing is given or a value is out of range, with what to write instead.
 
     >>> print(Budget(parameters=0.65, macs=0.73))
@@ -102,9 +104,10 @@ class Budget:
     macs: float | None = None
     bytes: float | None = None
     latency_ms: float | None = None
+    batch: int = 1
 
     def __post_init__(self) -> None:
-        if all(getattr(self, field.name) is None for field in fields(self)):
+        if all(getattr(self, name) is None for name in ("parameters", "macs", "bytes", "latency_ms")):
             raise GoalError("a budget needs at least one limit; write Budget(parameters=0.5) to keep half of the parameters")
         for name in ("parameters", "macs", "bytes"):
             share = getattr(self, name)
@@ -122,12 +125,16 @@ class Budget:
                 raise GoalError(
                     f"Budget(latency_ms={self.latency_ms}) is not a time above 0; write latency_ms=4 for four milliseconds"
                 )
+        if isinstance(self.batch, bool) or not isinstance(self.batch, numbers.Integral) or self.batch < 1:
+            raise GoalError(f"Budget(batch={self.batch!r}) is not a number of examples; write batch=64 to time 64 at once")
+        if self.batch != 1 and self.latency_ms is None:
+            raise GoalError(f"Budget(batch={self.batch}) only says what latency_ms is measured on; give latency_ms as well")
 
     def __str__(self) -> str:
         words = {"parameters": "parameters", "macs": "MACs", "bytes": "bytes"}
         limits = [f"{_number(getattr(self, n) * 100)} % of the {w}" for n, w in words.items() if getattr(self, n) is not None]
         if self.latency_ms is not None:
-            limits.append(f"{_number(self.latency_ms)} ms")
+            limits.append(f"{_number(self.latency_ms)} ms" + (f" at batch {self.batch}" if self.batch > 1 else ""))
         return "at most " + (limits[0] if len(limits) == 1 else f"{', '.join(limits[:-1])} and {limits[-1]}")
 
     def to_dict(self) -> dict[str, Any]:

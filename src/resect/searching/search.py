@@ -23,11 +23,13 @@ from resect.searching.floor import Floor
 from resect.searching.found import Found, Trial
 from resect.searching.judging import Judge, OutOfBudget
 from resect.searching.ladder import ladder
+from resect.searching.rounding import Rounding, RoundTo
+from resect.searching.timing import Times, told
 from resect.surgery import check_deterministic, state_digest
 from resect.tracing.trace import check_ready
 
 Allocation = Literal["auto", "uniform", "threshold", "knapsack"]
-Minimise = Literal["macs", "parameters", "bytes", "units"]
+Minimise = Literal["macs", "parameters", "bytes", "units", "latency"]
 BISECTIONS = 8
 RUNGS = 12
 # Sizes around the best trial, as factors of its cost, that are prepared for the certificate's list: a few leaner ones, because
@@ -61,6 +63,7 @@ def search(
     evaluations: int = 30,
     seconds: float | None = None,
     reserve: float = 0.0,
+    round_to: RoundTo | None = None,
     seed: int = 0,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> Found:
@@ -71,7 +74,11 @@ def search(
     order. allocation: "uniform" bisects on one share for all groups; "knapsack" on the price of cost against predicted harm;
     "threshold" on one threshold for all normalised scores (the seed method); "auto" does the first two and then trades between
     groups, or tries every size, leanest first, where the network is so small that the budget allows it. minimise: what is to be
-    small. evaluations, seconds: budget of the search. reserve: share of delta kept for a network made later (see `certify`).
+    small; "latency" is predicted at batch 1 from measured times of the layers, and the outcome is measured (see `notes`).
+    evaluations, seconds: budget of the search. reserve: share of delta kept for a network made later (see `certify`).
+    round_to: "auto" or a number: only widths that are multiples of what the device handles at once are chosen (see
+    `Rounding.of`). It pays where time is what counts, in convolutions at larger batches or images, where 33 channels cost as
+    much as 48; parameters and MACs, and convolutions of few values, it only makes coarser.
 
     A floor that no network meets is an outcome: `Found.certified` is False and the certificate says what would help. Raises
     GoalError for a floor above the dense network's own accuracy on the search split, DataError for unusable data, and
@@ -80,6 +87,7 @@ def search(
     Source: Learn then Test, arXiv 2110.01052; split and fixed sequence as in Pareto Testing, arXiv 2210.07913.
     """
     _check(allocation, minimise, evaluations)
+    rounding = Rounding.of(scores.anatomy, round_to)
     check_ready(model)
     check_deterministic(model, Plan.all(scores.anatomy))
     started = time.monotonic()
@@ -98,9 +106,10 @@ def search(
         on_trial=on_trial,
     )
     _check_floor(floor, judge.dense)
-    measure = allocate.measure(scores.anatomy, minimise)
-    family, best = _explore(scores, judge, measure, allocation, method)
-    candidates = _prepare(model, scores, judge, measure, family, best, calib, method)
+    times = Times.of(model, scores.anatomy) if minimise == "latency" else None
+    measure = allocate.measure(scores.anatomy, minimise, times)
+    family, best = _explore(scores, judge, measure, allocation, method, rounding)
+    candidates = _prepare(model, scores, judge, measure, family, best, calib, method, rounding)
     frozen = _freeze(candidates, judge, floor, _count(parts[1]), floor.delta * (1 - reserve))
     dense = evaluate(model, parts[1])
     certificate = certify(
@@ -122,7 +131,7 @@ def search(
         repaired=chosen.repaired,
         seconds=time.monotonic() - started,
         seed=seed,
-        notes=_notes(certificate, best),
+        notes=_notes(certificate, best) + ((told(times.beside(model, chosen.model)),) if times is not None else ()),
     )
 
 
@@ -155,24 +164,26 @@ Family = Callable[[float], Plan]
 
 
 def _explore(
-    scores: Scores, judge: Judge, measure: allocate.Measure, allocation: Allocation, method: Method
+    scores: Scores, judge: Judge, measure: allocate.Measure, allocation: Allocation, method: Method, rounding: Rounding
 ) -> tuple[Family, Plan | None]:
     """Judge candidates until the budget is spent; the family of plans to prepare the list from, and the leanest that passed."""
-    everything = allocate.every_plan(scores, judge.evaluations) if allocation == "auto" else None
+    everything = allocate.every_plan(scores, judge.evaluations, rounding) if allocation == "auto" else None
     if everything is not None:
         ranked = sorted(everything, key=lambda plan: measure(plan.kept))
         best = next((plan for plan in ranked if judge.judge(plan, "exhaustive").above), None)
-        return (lambda share: allocate.uniform(scores, share)), best
+        return (lambda share: allocate.uniform(scores, share, rounding)), best
     families: dict[str, Family] = {}
     curves = None
     if allocation in ("auto", "uniform"):
-        families["uniform"] = lambda share: allocate.uniform(scores, share)
+        families["uniform"] = lambda share: allocate.uniform(scores, share, rounding)
     if allocation == "threshold":
         at = allocate.threshold_levels(scores)
-        families["threshold"] = lambda share: allocate.threshold(scores, at[int((1 - share) * (len(at) - 1))])
+        families["threshold"] = lambda share: allocate.threshold(scores, at[int((1 - share) * (len(at) - 1))], rounding)
     if allocation in ("auto", "knapsack"):
-        curves = allocate.Curves.of(scores, method)
-        knapsack = allocate.Knapsack(scores=scores, curves=curves, measure=measure)
+        # Where milliseconds count, fast widths are worth trying also where others are allowed.
+        tried = Rounding.of(scores.anatomy, "auto") if measure.times is not None and not rounding.steps else rounding
+        curves = allocate.Curves.of(scores, method, rounding=tried)
+        knapsack = allocate.Knapsack(scores=scores, curves=curves, measure=measure, rounding=rounding)
         families["knapsack"] = lambda share: knapsack.within(share * knapsack.dense)
     family, best = next(iter(families.values())), None
     try:
@@ -181,7 +192,7 @@ def _explore(
             if found is not None and (best is None or measure(found.kept) < measure(best.kept)):
                 family, best = make, found
         if allocation == "auto" and best is not None and curves is not None:
-            best = _trade(scores, judge, best, curves, measure)
+            best = _trade(scores, judge, best, curves, measure, rounding)
     except OutOfBudget:
         best = _leanest(judge, measure)
     return family, best
@@ -201,13 +212,15 @@ def _bisect(judge: Judge, make: Family, name: str) -> Plan | None:
     return best
 
 
-def _trade(scores: Scores, judge: Judge, best: Plan, curves: allocate.Curves, measure: allocate.Measure) -> Plan:
+def _trade(
+    scores: Scores, judge: Judge, best: Plan, curves: allocate.Curves, measure: allocate.Measure, rounding: Rounding
+) -> Plan:
     """Move to leaner neighbours while one of the gentlest few meets the floor and the budget lasts."""
     try:
         improved = True
         while improved:
             improved = False
-            for offer in allocate.trades(scores, best, curves, measure, most=3):
+            for offer in allocate.trades(scores, best, curves, measure, most=3, rounding=rounding):
                 if judge.judge(offer, "trade").above:
                     best, improved = offer, True
                     break
@@ -230,6 +243,7 @@ def _prepare(
     best: Plan | None,
     calib: Iterable[Any] | None,
     method: Method,
+    rounding: Rounding,
 ) -> list[Candidate]:
     """Networks of falling cost around the best trial, each finally repaired and judged on the whole search split."""
     dense = measure(Plan.all(scores.anatomy).kept)
@@ -237,7 +251,7 @@ def _prepare(
     centre = best or family(0.75)
     plans = {centre.digest: centre}
     for factor in AROUND:
-        plan = _at_cost(scores, centre, measure, min(factor * measure(centre.kept), dense))
+        plan = _at_cost(scores, centre, measure, min(factor * measure(centre.kept), dense), rounding)
         plans.setdefault(plan.digest, plan)
     data = None if calib is None else list(calib)
     candidates = []
@@ -252,7 +266,7 @@ def _prepare(
     return candidates
 
 
-def _at_cost(scores: Scores, centre: Plan, measure: allocate.Measure, target: float) -> Plan:
+def _at_cost(scores: Scores, centre: Plan, measure: allocate.Measure, target: float, rounding: Rounding) -> Plan:
     """The plan whose groups keep their proportions to `centre`, towards all or towards nothing, at about a target cost."""
     low, high, plan = -1.0, 1.0, centre
     units = {group.name: group.units for group in scores.anatomy.groups}
@@ -262,7 +276,7 @@ def _at_cost(scores: Scores, centre: Plan, measure: allocate.Measure, target: fl
             name: kept + middle * (units[name] - kept) if middle > 0 else kept * (1 + middle)
             for name, kept in centre.kept.items()
         }
-        plan = Plan.top(scores.anatomy, scores.values, {name: round(count) for name, count in counts.items()})
+        plan = rounding.top(scores, {name: round(count) for name, count in counts.items()})
         low, high = (middle, high) if measure(plan.kept) < target else (low, middle)
     return plan
 
