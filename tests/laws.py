@@ -99,10 +99,14 @@ def law_3_the_model_is_left_alone(model: nn.Module, anatomy: Anatomy, data: Sequ
 
 
 def law_4_traces_add(model: nn.Module, anatomy: Anatomy, data: Sequence[Any]) -> None:
-    first, second = resect.trace(model, data[:1], anatomy), resect.trace(model, data[1:], anatomy)
-    whole = resect.trace(model, data, anatomy)
+    first, second = (resect.trace(model, part, anatomy, states=32) for part in (data[:1], data[1:]))
+    whole = resect.trace(model, data, anatomy, states=32)
     for joined in (first + second, second + first):
         assert np.array_equal(joined.examples, whole.examples)
+        assert set(joined.states) == set(whole.states)
+        for name, states in whole.states.items():
+            for field in ("keys", "pre", "post"):
+                assert np.array_equal(getattr(states, field), getattr(joined.states[name], field)), (name, field)
         for name, sums in whole.sums.items():
             other = joined.sums[name]
             for field in ("fired", "peak", "low", "octaves", "positions"):
