@@ -19,7 +19,10 @@ from resect.batches import forward, unpack
 from resect.repair.closed_form import _problems, kept_columns
 from resect.surgery import state_digest
 
-SCORER_NAMES = ("firing_rate", "peak", "contribution", "magnitude", "activation_weight", "fluctuation", "taylor", "random")
+SCORER_NAMES = (
+    "firing_rate", "peak", "contribution", "magnitude", "activation_weight", "fluctuation", "taylor", "spectral", "isolation",
+    "input_only", "random",
+)  # fmt: skip
 
 
 def batches_like(example: Any, *, count: int = 3, size: int = 20, seed: int = 0) -> list[Any]:
@@ -144,9 +147,8 @@ def law_5_permuted_units_have_permuted_scores(
     orders = {group.name: draw.permutation(group.units) for group in anatomy.groups}
     other = permuted_model(model, anatomy, orders)
     np.testing.assert_allclose(run(other, anatomy).numpy(), run(model, anatomy).numpy(), rtol=1e-3, atol=1e-4)
-    needs = "taylor" in names
-    one = resect.trace(model, data, anatomy, gradients=needs)
-    two = resect.trace(other, data, anatomy, gradients=needs)
+    needs = resect.scoring.needs(*names)
+    one, two = (resect.trace(network, data, anatomy, **needs) for network in (model, other))
     for name in names:
         if name == "random":
             continue

@@ -26,8 +26,8 @@ POSITIONS = 8
 # Groups with many writers or readers (a residual sum) are looked at in so many places, spread over the network.
 PLACES = 4
 ACTIVATIONS = {
-    "celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "prelu", "relu", "relu6", "selu",
-    "sigmoid", "silu", "softplus", "softsign", "tanh",
+    "celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "prelu", "relu", "relu6",
+    "selu", "sigmoid", "silu", "softplus", "softsign", "tanh",
 }  # fmt: skip
 NO_ROW = np.uint64(2**64 - 1)
 
@@ -239,25 +239,31 @@ def find_places(model: nn.Module, anatomy: Anatomy, readers: Mapping[str, Reader
     with torch.no_grad(), observing(model, {**writers, **readers}, scout.see, follow=scout.follow):
         batch = example_batch(anatomy.example)
         forward(model, batch)
-    places = {}
-    for group in anatomy.groups:
-        post = _spread(_read(group, scout, batch.size))
-        if post:
-            pre = _spread(_written(model, group, scout, writers, batch.size, 1 if post[0].flat else post[0].columns.shape[1]))
-            places[group.name] = _placed(pre, tuple(_flattened(place, pre) for place in post), scout)
-    return places
+    places = {group.name: _places(model, group, scout, writers, batch.size) for group in anatomy.groups}
+    return {name: found for name, found in places.items() if found.post}
 
 
-def _placed(pre: tuple[Place, ...], post: tuple[Place, ...], scout: _Scout) -> Places:
-    smallest = min((place.grid for place in (*pre, *post)), key=np.prod)
-    same = all(place.grid == smallest for place in (*pre, *post))
-    convolved = any(scout.convolved(place) for place in (*pre, *post))
-    return Places(pre=pre, post=post, grid=None if same else smallest, positions=POSITIONS if convolved else None)
+def _places(model: nn.Module, group: Group, scout: _Scout, writers: Mapping[str, Reader], examples: int) -> Places:
+    post = _spread(_read(group, scout, examples))
+    pre = _spread(_written(model, group, scout, writers, examples, post[0].columns.shape[1] if post else 1))
+    post = tuple(_flattened(place, pre[0].grid) for place in post) if pre else post
+    if len({len(seen(scout.readings[p.tensor], p.written, examples)[0]) for p in (*pre, *post)}) > 1:
+        # Rows of one place are not those of another (nodes and edges of a graph): one place stands for all.
+        pre, post = (), post[:1]
+    grids = [place.grid for place in (*pre, *post)]
+    convolved = any(scout.readings[place.tensor].reader.op in ("conv", "transposed") for place in (*pre, *post))
+    return Places(
+        pre=pre,
+        post=post,
+        grid=None if len(set(grids)) < 2 else min(grids, key=np.prod),
+        positions=POSITIONS if convolved else None,
+    )
 
 
 def _read(group: Group, scout: _Scout, examples: int) -> list[Place]:
     """A place for every reader that was seen, the first of those that read the same tensor."""
-    found, inputs = [], set()
+    found: list[Place] = []
+    inputs: set[int] = set()
     for part in group.readers:
         reading = scout.readings.get(part.tensor)
         if reading is not None and id(reading.inputs) not in inputs:
@@ -266,18 +272,21 @@ def _read(group: Group, scout: _Scout, examples: int) -> list[Place]:
     return found
 
 
-def _written(model, group: Group, scout: _Scout, writers: dict[str, Reader], examples: int, width: int) -> list[Place]:
+def _written(
+    model: nn.Module, group: Group, scout: _Scout, writers: Mapping[str, Reader], examples: int, width: int
+) -> list[Place]:
+    """A place for every writer that counts; width: columns of a unit where it is read."""
     parts = [part for part in group.writers if part.tensor in scout.readings]
     chosen: list[tuple[str, np.ndarray]] = []
-    if group.kind != "head":
-        for part in parts:
-            gate = np.isin(part.index, list(scout.activated.get(part.tensor, ())))
-            if gate.any() and len(set(gate.sum(1))) == 1:
-                chosen.append((part.tensor, part.index[gate].reshape(group.units, -1)))
-            elif writers[part.tensor].residual:
-                chosen.append((part.tensor, part.index))
-    # The queries of a head come first, and so does a gate that nothing known is applied to.
-    chosen = chosen or [(part.tensor, part.index[:, :width]) for part in parts[:1]]
+    for part in parts if group.kind != "head" else ():
+        gate = np.isin(part.index, list(scout.activated.get(part.tensor, ())))
+        if gate.any() and len(set(gate.sum(1))) == 1:
+            chosen.append((part.tensor, part.index[gate].reshape(group.units, -1)))
+        elif writers[part.tensor].residual:
+            chosen.append((part.tensor, part.index))
+    if not chosen:
+        # The queries of a head come first, and so does a gate that nothing known is applied to.
+        chosen = [(part.tensor, part.index[:, :width]) for part in parts[:1]]
     return [
         Place(
             tensor=tensor,
@@ -298,20 +307,22 @@ def _norm(model: nn.Module, name: str | None, columns: np.ndarray) -> tuple[np.n
 
 
 def _spread(places: list[Place]) -> tuple[Place, ...]:
-    chosen = np.unique(np.linspace(0, len(places) - 1, PLACES).round().astype(int)) if places else []
-    return tuple(places[number] for number in chosen)
+    """At most four places, spread over the network, the first and the last among them."""
+    numbers = np.unique(np.linspace(0, max(len(places) - 1, 0), PLACES).round().astype(int))
+    return tuple(places[number] for number in numbers) if places else ()
 
 
-def _flattened(place: Place, pre: tuple[Place, ...]) -> Place:
-    """A reader of one position with several columns a unit, behind a writer of several positions, reads a flattened grid."""
+def _flattened(place: Place, grid: tuple[int, ...]) -> Place:
+    """The place as it is; a reader of one position with several columns a unit, behind a writer of many positions, reads a
+    flattened grid of the writer's proportions."""
     width = place.columns.shape[1]
-    if width == 1 or place.grid != (1,) or not pre or int(np.prod(pre[0].grid)) == 1:
+    if width == 1 or place.grid != (1,) or int(np.prod(grid)) == 1:
         return place
-    grid, (high, *rest) = (width,), pre[0].grid
-    if len(rest) == 1:
-        rows = max(round((width * high / rest[0]) ** 0.5), 1)
-        grid = (rows, width // rows) if width % rows == 0 else grid
-    return Place(tensor=place.tensor, written=False, columns=place.columns, grid=grid, flat=True)
+    flat: tuple[int, ...] = (width,)
+    if len(grid) == 2:
+        rows = max(round((width * grid[0] / grid[1]) ** 0.5), 1)
+        flat = (rows, width // rows) if width % rows == 0 else flat
+    return Place(tensor=place.tensor, written=False, columns=place.columns, grid=flat, flat=True)
 
 
 class _Scout:
@@ -320,11 +331,8 @@ class _Scout:
     def __init__(self) -> None:
         self.readings: dict[str, Reading] = {}
         self.activated: dict[str, set[int]] = {}
-        # Tensors by the memory they live in, so that halves and chunks of an output are known; kept, so that memory stays theirs.
+        # Tensors by the memory they live in, so that chunks of an output are known; kept, so that the memory stays theirs.
         self.made: dict[int, tuple[torch.Tensor, str, int]] = {}
-
-    def convolved(self, place: Place) -> bool:
-        return self.readings[place.tensor].reader.op in ("conv", "transposed")
 
     def see(self, reading: Reading) -> None:
         if reading.reader.tensor not in self.readings:
