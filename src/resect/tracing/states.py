@@ -166,7 +166,10 @@ class Sampler:
         if (examples, positions) not in self.keys:
             known = self.digests if examples == len(self.digests) else together(self.digests)
             steps = np.arange(positions, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            self.keys[examples, positions] = mixed(known[:, None] + steps)
+            # An example that is in the batch twice is one example.
+            again = np.ones(len(known), dtype=bool)
+            again[np.unique(known, return_index=True)[1]] = False
+            self.keys[examples, positions] = np.where(again[:, None], NO_ROW, mixed(known[:, None] + steps))
         return self.keys[examples, positions]
 
 

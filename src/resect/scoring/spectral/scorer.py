@@ -90,6 +90,9 @@ class Spectral:
         live = live_units(evidence, self.__name__)
         if not live.any():
             return np.zeros(evidence.units)
+        assert evidence.states is not None
+        if all((side[:, live] == side[:, live][:, :1]).all() for side in (evidence.states.pre, evidence.states.post)):
+            return spread_out(np.zeros(int(live.sum())), live)
         inputs, outputs, order = self.graphs(evidence, live)
         scores = self.of_graphs(inputs, outputs, order, seed=evidence.seed)
         return spread_out(scores, live)
