@@ -123,9 +123,10 @@ def test_projections_and_proxy_rank_minilm_like_full() -> None:
 def test_projections_and_proxy_rank_resnet_like_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     from networks import cifar_images, trained_resnet
-    from resect.sources.huggingface import load_images
 
-    images = cifar_images(load_images(str(Path(os.environ["RESECT_DATA"]) / "cifar10"))[0].inputs[:200])
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.load_dataset(str(Path(os.environ["RESECT_DATA"]) / "cifar10"), split="train[:200]")["img"]
+    images = cifar_images(torch.from_numpy(np.stack([np.asarray(image) for image in rows])).permute(0, 3, 1, 2) / 255)
     for name, evidence in layers(trained_resnet(20), list(images.split(100)), images[:2]).items():
         assert agreement(evidence, Spectral(mode="jl", projections=256)) > 0.99, name
         assert agreement(evidence, Spectral(mode="proxy")) > 0.98, name

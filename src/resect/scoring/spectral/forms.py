@@ -24,7 +24,9 @@ REGULAR = 1e-3
 FULL_LIMIT = 4096
 # Smaller problems are not worth an iterative eigensolver.
 DENSE_EIGEN = 256
-TOLERANCE, ITERATIONS = 1e-8, 2000
+TOLERANCE, ITERATIONS, LOOK_EVERY = 1e-6, 2000, 8
+# Of the eigenvalues, and of the solutions that an eigensolver asks for.
+EIGEN, INNER = 1e-8, 1e-10
 TIE = 1e-9
 SIGNS = 64
 EDGES_AT_ONCE = 1 << 16
@@ -64,9 +66,9 @@ def eig(inputs: Graph, outputs: Graph, kind: Laplacian, *, pairs: int | None, se
         chosen = values >= values[-count] - TIE * values[-1]
         values, vectors = values[chosen], vectors[:, chosen]
     else:
-        inverse = LinearOperator(matrix.shape, matvec=lambda v: solve(matrix, v.reshape(units, 1), tolerance=1e-11)[:, 0])
+        inverse = LinearOperator(matrix.shape, matvec=lambda v: solve(matrix, v.reshape(units, 1), tolerance=INNER)[:, 0])
         start = np.random.default_rng(seed).normal(size=units)
-        values, vectors = eigsh(laplacian, k=count, M=matrix, Minv=inverse, which="LA", v0=start)
+        values, vectors = eigsh(laplacian, k=count, M=matrix, Minv=inverse, which="LA", v0=start, tol=EIGEN)
     p, q = inputs.ends.T
     return np.concatenate([np.square(vectors[a] - vectors[b]) @ np.maximum(values, 0) for a, b in _parts(p, q, EDGES_AT_ONCE)])
 
@@ -115,22 +117,20 @@ def solve(matrix: sparse.csr_array, right: np.ndarray, *, tolerance: float = TOL
 
     Raises ScoreError where the residual does not fall below `tolerance` of the right side.
     """
-    inverse = 1 / matrix.diagonal()[:, None]
-    answer, residual = np.zeros_like(right), right.copy()
-    direction = inverse * residual
-    energy = np.einsum("uc,uc->c", residual, direction)
-    goal = np.square(tolerance) * np.maximum(np.einsum("uc,uc->c", right, right), 1e-300)
-    for _ in range(ITERATIONS):
-        if (np.einsum("uc,uc->c", residual, residual) <= goal).all():
-            return answer
-        product = matrix @ direction
-        step = energy / np.maximum(np.einsum("uc,uc->c", direction, product), 1e-300)
-        answer += step * direction
-        residual -= step * product
-        scaled = inverse * residual
-        energy, before = np.einsum("uc,uc->c", residual, scaled), energy
-        direction *= energy / np.maximum(before, 1e-300)
-        direction += scaled
+    inverse = torch.from_numpy(1 / matrix.diagonal()[:, None])
+    residual = torch.from_numpy(right).clone()
+    answer, direction = torch.zeros_like(residual), inverse * residual
+    energy = (residual * direction).sum(0)
+    goal = tolerance**2 * residual.square().sum(0).clamp_min(1e-300)
+    for step in range(ITERATIONS):
+        if step % LOOK_EVERY == 0 and bool((residual.square().sum(0) <= goal).all()):
+            return answer.numpy()
+        product = torch.from_numpy(matrix @ direction.numpy())
+        length = energy / (direction * product).sum(0).clamp_min(1e-300)
+        answer.addcmul_(direction, length)
+        residual.addcmul_(product, length, value=-1)
+        energy, before = (residual.square() * inverse).sum(0), energy
+        direction.mul_(energy / before.clamp_min(1e-300)).addcmul_(inverse, residual)
     raise ScoreError(f'the output graph of {matrix.shape[0]} units is too badly conditioned to solve: write mode="proxy"')
 
 

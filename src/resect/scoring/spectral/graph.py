@@ -21,22 +21,26 @@ FLOOR = 1e-3
 BLOCK = 4096
 # Minima of so many distances are taken before the smallest are looked for: several times faster, and exact.
 RUN = 32
-# Candidates beyond the wanted neighbours, so that the rounding of products cannot hide a neighbour: they are measured again.
+# Candidates beyond the wanted neighbours; where the first of them is as near as the last neighbour, up to the rounding of
+# products (a share of the squared norms), all are measured again.
 SPARE = 6
-# Numbers that are measured again at once: 64 MB.
-MEASURED = 1 << 24
+UNSURE = 1e-5
+# Numbers that are measured again at once: few enough to stay in cache.
+MEASURED = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Graph:
     """An undirected, connected graph of units.
 
-    ends: (edges, 2) units, the smaller first, every pair once, in order. weight: (edges,) positive, 1 on average.
+    ends: (edges, 2) units, the smaller first, every pair once, in order. weight: (edges,) positive, 1 on average. coincide: all
+    units are in one place.
     """
 
     units: int
     ends: np.ndarray
     weight: np.ndarray
+    coincide: bool = False
 
     @property
     def degree(self) -> np.ndarray:
@@ -71,7 +75,8 @@ def neighbour_graph(states: np.ndarray, *, neighbours: int, weights: Weights = "
     ends = _unique(np.stack([np.repeat(np.arange(units), found.shape[1]), found.ravel()], axis=1))
     ends = _joined(values, ends)
     square = _squares(values, torch.from_numpy(ends)).double().cpu().numpy()
-    return Graph(units=units, ends=ends, weight=np.ones(len(ends)) if weights == "binary" else _weights(square))
+    weight = np.ones(len(ends)) if weights == "binary" else _weights(square)
+    return Graph(units=units, ends=ends, weight=weight, coincide=not square.any())
 
 
 def _weights(square: np.ndarray) -> np.ndarray:
@@ -97,17 +102,20 @@ def _unique(ends: np.ndarray) -> np.ndarray:
 def _joined(values: torch.Tensor, ends: np.ndarray) -> np.ndarray:
     """Edges with the shortest edge out of every component but the largest, again and again until there is one component."""
     units = len(values)
+    outside, square = np.full(units, -1), np.full(units, np.inf)
     while True:
         ones = np.ones(len(ends))
         count, label = connected_components(sparse.coo_array((ones, (ends[:, 0], ends[:, 1])), shape=(units, units)), False)
         if count == 1:
             return ends
         rows = np.flatnonzero(label != np.bincount(label).argmax())
-        others = nearest(values, 1, rows=rows, apart=label)[:, 0]
-        square = _squares(values, torch.from_numpy(np.stack([rows, others], axis=1))).cpu().numpy()
-        order = np.lexsort((rows, square, label[rows]))
-        first = order[np.r_[True, np.diff(label[rows[order]]) > 0]]
-        ends = _unique(np.concatenate([ends, np.stack([rows[first], others[first]], axis=1)]))
+        # The nearest unit of another component stays that until the two components are one.
+        stale = rows[(outside[rows] < 0) | (label[outside[rows]] == label[rows])]
+        outside[stale] = nearest(values, 1, rows=stale, apart=label)[:, 0]
+        square[stale] = _squares(values, torch.from_numpy(np.stack([stale, outside[stale]], axis=1))).cpu().numpy()
+        order = np.lexsort((rows, square[rows], label[rows]))
+        first = rows[order[np.r_[True, np.diff(label[rows[order]]) > 0]]]
+        ends = _unique(np.concatenate([ends, np.stack([first, outside[first]], axis=1)]))
 
 
 def _squares(values: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
@@ -120,40 +128,80 @@ def _squares(values: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
 def nearest(values: torch.Tensor, count: int, *, rows: np.ndarray | None = None, apart: np.ndarray | None = None) -> np.ndarray:
     """(rows, count) nearest other units of some units (default: all), the nearest first; exact, ties by index.
 
-    values: (units, features). apart: (units,) labels; only units of another label count.
+    values: (units, features), around their mean. apart: (units,) labels; only units of another label count.
     """
-    chosen = torch.arange(len(values)) if rows is None else torch.from_numpy(rows)
-    labels = None if apart is None else torch.from_numpy(apart).to(values.device)
+    labels = torch.arange(len(values)) if apart is None else torch.from_numpy(apart)
+    labels = labels.to(values.device)
     wanted = min(count + SPARE, len(values) - 1)
-    found = []
-    for part in chosen.to(values.device).split(BLOCK):
-        candidates = _candidates(values, part, wanted, labels)
-        pairs = torch.stack([part[:, None].expand_as(candidates), candidates], dim=-1)
-        square = _squares(values, pairs.flatten(0, 1)).view(candidates.shape)
-        if labels is not None:
-            square = square.masked_fill(labels[candidates] == labels[part][:, None], torch.inf)
-        order = torch.sort(square, stable=True)[1][:, :count]
-        found.append(candidates.gather(1, order).cpu())
-    return torch.cat(found).numpy()
+    many = rows is None or len(rows) > len(values) // 2
+    asked = torch.arange(len(values)) if many else torch.from_numpy(rows)
+    chosen = asked.to(values.device)
+    found = _Nearest.of(values, labels, chosen, wanted)
+    if many:
+        found.look_at_all()
+    else:
+        found.look_from(chosen)
+    # Products of rounded numbers order neighbours well, but not those that are about as far: they are measured again.
+    last, spare = found.square[:, count - 1], found.square[:, min(count, wanted - 1)]
+    unsure = torch.nonzero(spare - last <= UNSURE * (found.norms[chosen] + found.norms.max()))[:, 0]
+    for part in unsure.split(BLOCK):
+        found.measure(part, chosen[part])
+    at = found.at[:, :count].cpu().numpy()
+    return at[rows] if many and rows is not None else at
 
 
-def _candidates(values: torch.Tensor, rows: torch.Tensor, count: int, labels: torch.Tensor | None) -> torch.Tensor:
-    """(rows, count) units that are nearest by products of rounded numbers, in order of index."""
-    best: list[torch.Tensor] = []
-    at: list[torch.Tensor] = []
-    for first in range(0, len(values), BLOCK):
-        block = values[first : first + BLOCK]
-        square = torch.addmm(block.square().sum(1), values[rows], block.T, alpha=-2)
-        inside = (rows >= first) & (rows < first + len(block))
-        square[inside, rows[inside] - first] = torch.inf
-        if labels is not None:
-            square.masked_fill_(labels[rows][:, None] == labels[first : first + len(block)], torch.inf)
-        smallest, place = _smallest(square, count)
-        best, at = [torch.cat([*best, smallest], dim=1)], [torch.cat([*at, place + first], dim=1)]
-        if best[0].shape[1] > count:
-            smallest, place = torch.topk(best[0], count, largest=False)
-            best, at = [smallest], [at[0].gather(1, place)]
-    return at[0].sort(1)[0]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Nearest:
+    """The units of another label nearest to each of some rows so far, by distances from products: (rows, count), sorted."""
+
+    values: torch.Tensor
+    labels: torch.Tensor
+    norms: torch.Tensor
+    square: torch.Tensor
+    at: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, count: int) -> _Nearest:
+        square = torch.full((len(rows), count), torch.inf, device=values.device)
+        at = torch.zeros_like(square, dtype=torch.int64)
+        return cls(values=values, labels=labels, norms=values.square().sum(1), square=square, at=at)
+
+    def look_at_all(self) -> None:
+        """Every row is a unit: every pair of blocks is multiplied once."""
+        units = torch.arange(len(self.values), device=self.values.device)
+        for first in range(0, len(units), BLOCK):
+            for second in range(first, len(units), BLOCK):
+                one, other = slice(first, first + BLOCK), slice(second, second + BLOCK)
+                square = self._between(units[one], other)
+                self._keep(one, square, second)
+                if first != second:
+                    self._keep(other, square.T.contiguous(), first)
+
+    def look_from(self, rows: torch.Tensor) -> None:
+        """Some units as rows, against all units."""
+        for start in range(0, len(rows), BLOCK):
+            for first in range(0, len(self.values), BLOCK):
+                square = self._between(rows[start : start + BLOCK], slice(first, first + BLOCK))
+                self._keep(slice(start, start + BLOCK), square, first)
+
+    def measure(self, places: torch.Tensor, rows: torch.Tensor) -> None:
+        """Order some rows by distances from differences, ties by index."""
+        candidates = self.at[places].sort(1)[0]
+        pairs = torch.stack([rows[:, None].expand_as(candidates), candidates], dim=-1)
+        square = _squares(self.values, pairs.flatten(0, 1)).view(candidates.shape)
+        square.masked_fill_(self.labels[candidates] == self.labels[rows][:, None], torch.inf)
+        self.at[places] = candidates.gather(1, torch.sort(square, stable=True)[1])
+
+    def _between(self, rows: torch.Tensor, block: slice) -> torch.Tensor:
+        """(rows, block) squared distances, infinite to units of the same label."""
+        square = torch.addmm(self.norms[block], self.values[rows], self.values[block].T, alpha=-2).add_(self.norms[rows, None])
+        return square.masked_fill_(self.labels[rows, None] == self.labels[block], torch.inf)
+
+    def _keep(self, rows: slice, square: torch.Tensor, first: int) -> None:
+        smallest, place = _smallest(square, self.square.shape[1])
+        smallest, place = torch.cat([self.square[rows], smallest], 1), torch.cat([self.at[rows], place + first], 1)
+        self.square[rows], order = torch.topk(smallest, self.square.shape[1], largest=False)
+        self.at[rows] = place.gather(1, order)
 
 
 def _smallest(square: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ Aggregation = Literal["mean", "sum"]
 Direction = Literal["expansion", "contraction"]
 
 ROWS = 1024
+UNITS_AT_ONCE = 4096
 CHOICES = {
     "mode": Mode,
     "weights": Weights,
@@ -90,22 +91,19 @@ class Spectral:
         live = live_units(evidence, self.__name__)
         if not live.any():
             return np.zeros(evidence.units)
-        assert evidence.states is not None
-        if all((side[:, live] == side[:, live][:, :1]).all() for side in (evidence.states.pre, evidence.states.post)):
-            return spread_out(np.zeros(int(live.sum())), live)
         inputs, outputs, order = self.graphs(evidence, live)
-        scores = self.of_graphs(inputs, outputs, order, seed=evidence.seed)
-        return spread_out(scores, live)
+        return spread_out(self.of_graphs(inputs, outputs, order, seed=evidence.seed), live)
 
     def graphs(self, evidence: Evidence, live: np.ndarray) -> tuple[Graph, Graph, np.ndarray]:
         """The input and the output graph of the live units, and their ranks in an order that goes with their states."""
         assert evidence.states is not None
-        sides = [evidence.states.pre, evidence.states.post][:: 1 if self.direction == "expansion" else -1]
-        first = rows_of(sides[0], live)
-        inputs = self.graph(first)
-        outputs = self.graph(rows_of(sides[1], live)) if self.compare else inputs
-        draw = np.random.default_rng(0).normal(size=first.shape[1])
-        return inputs, outputs, np.argsort(np.argsort(first @ draw, kind="stable"), kind="stable")
+        first, second = (evidence.states.pre, evidence.states.post)[:: 1 if self.direction == "expansion" else -1]
+        values = rows_of(first, live)
+        drawn = values @ np.random.default_rng(0).standard_normal(values.shape[1], dtype=np.float32)
+        inputs = self.graph(values)
+        del values
+        outputs = self.graph(rows_of(second, live)) if self.compare else inputs
+        return inputs, outputs, np.argsort(np.argsort(drawn, kind="stable"), kind="stable")
 
     def graph(self, values: np.ndarray) -> Graph:
         """The neighbour graph of units by their states, (units, values)."""
@@ -113,7 +111,7 @@ class Spectral:
 
     def of_graphs(self, inputs: Graph, outputs: Graph, order: np.ndarray, *, seed: int = 0) -> np.ndarray:
         """(units,) scores of the units of two graphs."""
-        if inputs.units < 2:
+        if inputs.units < 2 or (inputs.coincide and outputs.coincide):
             return np.zeros(inputs.units)
         mode = self.mode if self.mode != "auto" else "full" if inputs.units <= FULL_LIMIT else "jl"
         if mode == "eig":
@@ -166,17 +164,21 @@ def live_units(evidence: Evidence, name: str) -> np.ndarray:
         raise ScoreError(
             f"{wrong} hidden states of group {evidence.group} are not finite (NaN or inf); check the data and the weights"
         )
-    variance, square = (f(states.post, axis=0, dtype=np.float64).mean(-1) for f in (np.var, _mean_square))
+    moments = [_moments(states.post[:, first : first + UNITS_AT_ONCE]) for first in range(0, evidence.units, UNITS_AT_ONCE)]
+    variance, square = np.concatenate(moments, axis=1)
     return variance > np.maximum(DEAD_VARIANCE * variance.max(), ROUNDING * square)
 
 
-def _mean_square(values: np.ndarray, axis: int, dtype: type) -> np.ndarray:
-    return np.mean(np.square(values, dtype=dtype), axis=axis)
+def _moments(values: np.ndarray) -> np.ndarray:
+    """(2, units) variance and mean square of some units, in float64."""
+    exact = values.astype(np.float64)
+    return np.stack([exact.var(0).mean(1), np.square(exact).mean((0, 2))])
 
 
 def rows_of(values: np.ndarray, live: np.ndarray) -> np.ndarray:
     """(live units, rows x width) the states of every unit as one row, from (rows, units, width)."""
-    return np.ascontiguousarray(values[:, live].transpose(1, 0, 2)).reshape(int(live.sum()), -1)
+    chosen = values if live.all() else values[:, live]
+    return np.ascontiguousarray(chosen.transpose(1, 0, 2)).reshape(chosen.shape[1], -1)
 
 
 def spread_out(scores: np.ndarray, live: np.ndarray) -> np.ndarray:
