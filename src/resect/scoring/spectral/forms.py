@@ -26,7 +26,7 @@ FULL_LIMIT = 4096
 DENSE_EIGEN = 256
 TOLERANCE, ITERATIONS, LOOK_EVERY = 1e-6, 2000, 8
 # Of the eigenvalues, and of the solutions that an eigensolver asks for.
-EIGEN, INNER = 1e-8, 1e-10
+EIGEN, INNER = 1e-6, 1e-10
 TIE = 1e-9
 SIGNS = 64
 EDGES_AT_ONCE = 1 << 16

@@ -26,7 +26,7 @@ RUN = 32
 SPARE = 6
 UNSURE = 1e-5
 # Numbers that are measured again at once: few enough to stay in cache.
-MEASURED = 1 << 18
+MEASURED = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
