@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -224,8 +225,9 @@ def test_nearest_is_exact_in_blocks(blocks: int, monkeypatch: pytest.MonkeyPatch
     assert np.array_equal(nearest(torch.from_numpy(values), 7), np.argsort(square, axis=1, kind="stable")[:, :7])
     labels = np.arange(300) % 3
     square[labels[:, None] == labels] = np.inf
-    found = nearest(torch.from_numpy(values), 2, rows=np.arange(10, 90), apart=labels)
-    assert np.array_equal(found, np.argsort(square, axis=1, kind="stable")[10:90, :2])
+    for rows in (np.arange(10, 90), np.arange(10, 290)):
+        found = nearest(torch.from_numpy(values), 2, rows=rows, apart=labels)
+        assert np.array_equal(found, np.argsort(square, axis=1, kind="stable")[rows, :2])
 
 
 def test_components_are_joined_by_their_shortest_edges() -> None:
@@ -240,6 +242,26 @@ def test_components_are_joined_by_their_shortest_edges() -> None:
         pairs = [(i, j) for i in np.flatnonzero(cluster == a) for j in np.flatnonzero(cluster == b)]
         expected.add(min(pairs, key=lambda pair: float(np.sum((values[pair[0]] - values[pair[1]]) ** 2))))
     assert across == expected
+
+
+def test_many_components_are_joined_like_a_minimum_spanning_tree() -> None:
+    draw = np.random.default_rng(1)
+    cluster = np.arange(300) // 6
+    values = (4 * draw.normal(size=(50, 5))[cluster] + 0.3 * draw.normal(size=(300, 5))).astype(np.float32)
+    graph = neighbour_graph(values, neighbours=3)
+    square = np.square(values[:, None].astype(np.float64) - values[None]).sum(2)
+    own = square.copy()
+    np.fill_diagonal(own, np.inf)
+    near = np.zeros((300, 300))
+    near[np.arange(300)[:, None], np.argsort(own, axis=1)[:, :3]] = 1
+    count, label = connected_components(near, directed=False)
+    assert count > 20
+    between = np.array([[square[np.ix_(label == a, label == b)].min() for b in range(count)] for a in range(count)])
+    tree = minimum_spanning_tree(between).tocoo()
+    across = [tuple(sorted((label[p], label[q]))) for p, q in graph.ends if label[p] != label[q]]
+    assert sorted(across) == sorted(tuple(sorted(pair)) for pair in zip(tree.row, tree.col))
+    lengths = [square[p, q] for p, q in graph.ends if label[p] != label[q]]
+    np.testing.assert_allclose(sorted(lengths), sorted(tree.data), rtol=1e-6)
 
 
 @pytest.mark.parametrize("units", [1, 2, 3, 10, 11])
