@@ -2,8 +2,8 @@
 
     python benchmarks/spectral_scale.py [--quick] [--threads 2] [--faiss]
 
-States are synthetic but not noise: units are sparse mixtures of shared factors, in clusters, plus noise of their own; 1,024
-rows, before and behind a rectifier. Each size runs in a process of its own. Seconds are those of the whole scorer: both graphs
+States are synthetic but not noise: units are sparse mixtures of shared factors, half of them those of the unit's cluster, plus
+noise of their own; 1,024 rows, before and behind a rectifier. Each size runs in a process of its own. Seconds are those of the whole scorer: both graphs
 and the mode. Memory is the largest resident size beyond what was there once the states were made.
 """
 
@@ -28,7 +28,7 @@ from resect.testing import example_evidence
 from resect.tracing import Evidence, States
 
 SIZES = (1_000, 4_000, 15_000, 50_000, 100_000)
-ROWS, FACTORS, SHARED = 1024, 256, 12
+ROWS, FACTORS, SHARED = 1024, 256, 6
 MODES = {
     "full": Spectral(mode="full"),
     "jl": Spectral(mode="jl"),
@@ -39,7 +39,7 @@ MB = 1 << 20
 
 
 def clustered(units: int, seed: int = 0) -> Evidence:
-    """Evidence with states (1024, units, 1): clusters of about 50 units with the same factors and loads of their own."""
+    """Evidence with states (1024, units, 1): clusters of about 50 units that share half of their factors."""
     draw = np.random.default_rng(seed)
     signals = draw.normal(size=(ROWS, FACTORS)).astype(np.float32) * (1 + np.arange(FACTORS, dtype=np.float32)) ** -0.3
     pre, post = (np.empty((ROWS, units, 1), dtype=np.float32) for _ in range(2))
@@ -49,8 +49,10 @@ def clustered(units: int, seed: int = 0) -> Evidence:
     for first in range(0, units, 2000):
         count = min(2000, units - first)
         cluster, loads = draw.integers(0, clusters, count), np.zeros((FACTORS, count), dtype=np.float32)
-        own = centres[cluster] * draw.uniform(0.5, 1.5, (count, SHARED))
-        np.add.at(loads, (factors[cluster].T, np.arange(count)), own.T.astype(np.float32))
+        shared = centres[cluster] * draw.uniform(0.5, 1.5, (count, SHARED))
+        np.add.at(loads, (factors[cluster].T, np.arange(count)), shared.T.astype(np.float32))
+        own = draw.normal(size=(SHARED, count)).astype(np.float32)
+        np.add.at(loads, (draw.integers(0, FACTORS, (SHARED, count)), np.arange(count)), own)
         noise = draw.normal(size=(ROWS, count)).astype(np.float32) * draw.uniform(0.3, 1, count).astype(np.float32)
         pre[:, first : first + count, 0] = signals @ loads + noise
         np.maximum(pre[:, first : first + count], 0, out=post[:, first : first + count])
