@@ -3,8 +3,8 @@
     python benchmarks/spectral_scale.py [--quick] [--threads 2] [--faiss]
 
 States are synthetic but not noise: units are sparse mixtures of shared factors, half of them those of the unit's cluster, plus
-noise of their own; 1,024 rows, before and behind a rectifier. Each size runs in a process of its own. Seconds are those of the whole scorer: both graphs
-and the mode. Memory is the largest resident size beyond what was there once the states were made.
+noise of their own; 1,024 rows, before and behind a rectifier. Each size runs in a process of its own. Seconds are those of the
+whole scorer: both graphs and the mode. Memory is the largest resident size beyond what was there once the states were made.
 """
 
 from __future__ import annotations
