@@ -25,6 +25,8 @@ RUN = 32
 # products (a share of the squared norms), all are measured again.
 SPARE = 6
 UNSURE = 1e-5
+# A mean whose square is so small a share of the states' own is left where it is.
+CENTRED = 1e-3
 # Numbers that are measured again at once: few enough to stay in cache.
 MEASURED = 1 << 20
 
@@ -87,9 +89,13 @@ def _weights(square: np.ndarray) -> np.ndarray:
 
 
 def _on_device(states: np.ndarray) -> torch.Tensor:
-    """The states around their mean, which changes no distance and makes products more exact; on the GPU where there is one."""
+    """The states around their mean, on the GPU where there is one: distances stay, and products are more exact.
+
+    States whose mean is small beside them are taken as they are, without a copy.
+    """
     values = torch.from_numpy(np.ascontiguousarray(states, dtype=np.float32)).to("cuda" if torch.cuda.is_available() else "cpu")
-    return values - values.mean(0)
+    mean = values.mean(0)
+    return values if float(mean.square().sum()) <= CENTRED * float(values[:BLOCK].square().sum(1).mean()) else values - mean
 
 
 def _unique(ends: np.ndarray) -> np.ndarray:
@@ -130,8 +136,7 @@ def nearest(values: torch.Tensor, count: int, *, rows: np.ndarray | None = None,
 
     values: (units, features), around their mean. apart: (units,) labels; only units of another label count.
     """
-    labels = torch.arange(len(values)) if apart is None else torch.from_numpy(apart)
-    labels = labels.to(values.device)
+    labels = None if apart is None else torch.from_numpy(apart).to(values.device)
     wanted = min(count + SPARE, len(values) - 1)
     many = rows is None or len(rows) > len(values) // 2
     asked = torch.arange(len(values)) if many else torch.from_numpy(rows)
@@ -152,16 +157,16 @@ def nearest(values: torch.Tensor, count: int, *, rows: np.ndarray | None = None,
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Nearest:
-    """The units of another label nearest to each of some rows so far, by distances from products: (rows, count), sorted."""
+    """The other units (of another label) nearest to some rows so far, by distances from products: (rows, count), sorted."""
 
     values: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | None
     norms: torch.Tensor
     square: torch.Tensor
     at: torch.Tensor
 
     @classmethod
-    def of(cls, values: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, count: int) -> _Nearest:
+    def of(cls, values: torch.Tensor, labels: torch.Tensor | None, rows: torch.Tensor, count: int) -> _Nearest:
         square = torch.full((len(rows), count), torch.inf, device=values.device)
         at = torch.zeros_like(square, dtype=torch.int64)
         return cls(values=values, labels=labels, norms=values.square().sum(1), square=square, at=at)
@@ -189,13 +194,18 @@ class _Nearest:
         candidates = self.at[places].sort(1)[0]
         pairs = torch.stack([rows[:, None].expand_as(candidates), candidates], dim=-1)
         square = _squares(self.values, pairs.flatten(0, 1)).view(candidates.shape)
-        square.masked_fill_(self.labels[candidates] == self.labels[rows][:, None], torch.inf)
+        if self.labels is not None:
+            square.masked_fill_(self.labels[candidates] == self.labels[rows][:, None], torch.inf)
         self.at[places] = candidates.gather(1, torch.sort(square, stable=True)[1])
 
     def _between(self, rows: torch.Tensor, block: slice) -> torch.Tensor:
-        """(rows, block) squared distances, infinite to units of the same label."""
+        """(rows, block) squared distances, infinite from a unit to itself and to units of its label."""
         square = torch.addmm(self.norms[block], self.values[rows], self.values[block].T, alpha=-2).add_(self.norms[rows, None])
-        return square.masked_fill_(self.labels[rows, None] == self.labels[block], torch.inf)
+        if self.labels is not None:
+            return square.masked_fill_(self.labels[rows, None] == self.labels[block], torch.inf)
+        inside = torch.nonzero((rows >= block.start) & (rows < block.stop))[:, 0]
+        square[inside, rows[inside] - block.start] = torch.inf
+        return square
 
     def _keep(self, rows: slice, square: torch.Tensor, first: int) -> None:
         smallest, place = _smallest(square, self.square.shape[1])

@@ -176,9 +176,11 @@ def _moments(values: np.ndarray) -> np.ndarray:
 
 
 def rows_of(values: np.ndarray, live: np.ndarray) -> np.ndarray:
-    """(live units, rows x width) the states of every unit as one row, from (rows, units, width)."""
+    """(live units, rows x width) the states of every unit as one row, around the mean unit, from (rows, units, width)."""
     chosen = values if live.all() else values[:, live]
-    return np.ascontiguousarray(chosen.transpose(1, 0, 2)).reshape(chosen.shape[1], -1)
+    made = chosen.transpose(1, 0, 2).astype(np.float32, order="C", copy=True).reshape(chosen.shape[1], -1)
+    made -= made.mean(0, dtype=np.float64).astype(np.float32)
+    return made
 
 
 def spread_out(scores: np.ndarray, live: np.ndarray) -> np.ndarray:
