@@ -19,7 +19,10 @@ from resect.batches import forward, unpack
 from resect.repair.closed_form import _problems, kept_columns
 from resect.surgery import state_digest
 
-SCORER_NAMES = ("firing_rate", "peak", "contribution", "magnitude", "activation_weight", "fluctuation", "taylor", "random")
+SCORER_NAMES = (
+    "firing_rate", "peak", "contribution", "magnitude", "activation_weight", "fluctuation", "taylor", "spectral", "isolation",
+    "input_only", "random",
+)  # fmt: skip
 
 
 def batches_like(example: Any, *, count: int = 3, size: int = 20, seed: int = 0) -> list[Any]:
@@ -99,10 +102,14 @@ def law_3_the_model_is_left_alone(model: nn.Module, anatomy: Anatomy, data: Sequ
 
 
 def law_4_traces_add(model: nn.Module, anatomy: Anatomy, data: Sequence[Any]) -> None:
-    first, second = resect.trace(model, data[:1], anatomy), resect.trace(model, data[1:], anatomy)
-    whole = resect.trace(model, data, anatomy)
+    first, second = (resect.trace(model, part, anatomy, states=32) for part in (data[:1], data[1:]))
+    whole = resect.trace(model, data, anatomy, states=32)
     for joined in (first + second, second + first):
         assert np.array_equal(joined.examples, whole.examples)
+        assert set(joined.states) == set(whole.states)
+        for name, states in whole.states.items():
+            for field in ("keys", "pre", "post"):
+                assert np.array_equal(getattr(states, field), getattr(joined.states[name], field)), (name, field)
         for name, sums in whole.sums.items():
             other = joined.sums[name]
             for field in ("fired", "peak", "low", "octaves", "positions"):
@@ -140,9 +147,8 @@ def law_5_permuted_units_have_permuted_scores(
     orders = {group.name: draw.permutation(group.units) for group in anatomy.groups}
     other = permuted_model(model, anatomy, orders)
     np.testing.assert_allclose(run(other, anatomy).numpy(), run(model, anatomy).numpy(), rtol=1e-3, atol=1e-4)
-    needs = "taylor" in names
-    one = resect.trace(model, data, anatomy, gradients=needs)
-    two = resect.trace(other, data, anatomy, gradients=needs)
+    needs = resect.scoring.needs(*names)
+    one, two = (resect.trace(network, data, anatomy, **needs) for network in (model, other))
     for name in names:
         if name == "random":
             continue

@@ -97,6 +97,12 @@ def test_a_certified_floor_is_exit_code_0(here):
     assert [path.name for path in here.glob("small*")] == ["small"]
 
 
+@pytest.mark.parametrize("scorer", ["spectral", "taylor"])
+def test_a_scorer_gets_what_it_needs_from_the_trace(here, scorer):
+    result = prune("--out", "small", "--scorer", scorer)
+    assert result.exit_code == 0, result.output
+
+
 def test_what_was_written_can_be_used(here):
     assert prune("--out", "small").exit_code == 0
     record, result = read_plan("small"), json.loads((here / "small" / "result.json").read_text())

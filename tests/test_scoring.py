@@ -65,7 +65,7 @@ def test_dead_and_constant_units_score_lowest() -> None:
         model[0].bias[2], model[0].bias[5] = 7.0, -7.0
         model[2].weight[:, [2, 5]] = 100
     x, y = torch.randn(200, 5), torch.randint(0, 3, (200,))
-    trace = resect.trace(model, [(x, y)], resect.dissect(model, x[:2]), gradients=True)
+    trace = resect.trace(model, [(x, y)], resect.dissect(model, x[:2]), **resect.scoring.needs(*resect.SCORERS))
     for name in set(resect.SCORERS) - {"random"}:
         assert set(np.argsort(resect.score(trace, name).values["0"], kind="stable")[:2]) == {2, 5}, name
 

@@ -15,7 +15,7 @@ from resect.anatomy import Anatomy, dissect
 from resect.batches import select, unpack
 from resect.errors import DataError, FileError, GoalError
 from resect.repair import Method
-from resect.scoring import Scorer, score
+from resect.scoring import Scorer, needs, score
 from resect.searching import Budget, Floor, Found, Trial, fit, search
 from resect.searching.rounding import RoundTo, check_round_to
 from resect.searching.search import Allocation, Minimise
@@ -71,7 +71,8 @@ def prune(
     if not streams:
         names = [group.name for group in anatomy.groups if group.kind == "stream"]
         anatomy = anatomy.without(names, "residual stream behind a layer norm; streams=True allows it")
-    seen = trace(model, data, anatomy, gradients=scorer == "taylor", quiet=quiet)
+    wanted = {} if scorer == "auto" else needs(scorer)
+    seen = trace(model, data, anatomy, **wanted, quiet=quiet)
     scores = score(seen, best_scorer(seen) if scorer == "auto" else scorer, seed=seed)
     if budget is not None:
         return fit(model, scores, budget, data, val=val, method=repair, round_to=round_to, seed=seed, quiet=quiet)

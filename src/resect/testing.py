@@ -13,7 +13,7 @@ from resect.anatomy import Anatomy, dissect
 from resect.errors import ScoreError, SurgeryError
 from resect.plan import Plan
 from resect.surgery import TOLERANCE, cut, verify
-from resect.tracing import Evidence
+from resect.tracing import Evidence, States
 from resect.tracing.trace import ReaderEvidence
 
 
@@ -70,7 +70,8 @@ def check_scorer(function: Callable[[Evidence], np.ndarray], *, seed: int = 0) -
 def example_evidence(seed: int = 0, *, units: int = 12, classes: int = 4, outputs: int = 4) -> Evidence:
     """Seeded evidence of one group with one reader, for checks of scorers."""
     draw = np.random.default_rng(seed)
-    values = np.maximum(draw.normal(size=(500, units)) + draw.normal(size=units), 0) * draw.uniform(0.2, 2, units)
+    before = (draw.normal(size=(500, units)) + draw.normal(size=units)) * draw.uniform(0.2, 2, units)
+    values = np.maximum(before, 0)
     labels = draw.integers(0, classes, 500)
     weight = draw.normal(size=(outputs, units))
     member = np.eye(classes)[labels]
@@ -95,6 +96,12 @@ def example_evidence(seed: int = 0, *, units: int = 12, classes: int = 4, output
         writer_norm=draw.uniform(0.5, 2, units),
         readers=(reader,),
         systems=((weight, rows.T @ rows, np.arange(units)[:, None]),),
+        states=States(
+            keys=np.arange(500, dtype=np.uint64),
+            pre=before[:, :, None].astype(np.float32),
+            post=values[:, :, None].astype(np.float32),
+            most=500,
+        ),
         seed=seed,
     )
 
@@ -113,11 +120,16 @@ def permuted(evidence: Evidence, order: np.ndarray) -> Evidence:
         for reader in evidence.readers
     )
     systems = tuple((weight, moments, columns[order]) for weight, moments, columns in evidence.systems)
-    return replace(evidence, writer_norm=evidence.writer_norm[order], readers=readers, systems=systems)
+    states = evidence.states
+    if states is not None:
+        states = replace(states, pre=states.pre[:, order], post=states.post[:, order])
+    return replace(evidence, writer_norm=evidence.writer_norm[order], readers=readers, systems=systems, states=states)
 
 
 def _arrays(evidence: Evidence) -> list[np.ndarray]:
     arrays = [evidence.examples, evidence.writer_norm]
+    if evidence.states is not None:
+        arrays += [evidence.states.pre, evidence.states.post]
     for reader in evidence.readers:
         arrays += [value for value in vars(reader).values() if isinstance(value, np.ndarray)]
     return arrays + [array for system in evidence.systems for array in system]

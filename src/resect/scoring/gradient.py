@@ -9,7 +9,7 @@ from resect.scoring.scores import scorer
 from resect.tracing import Evidence
 
 
-@scorer
+@scorer(gradients=True)
 def taylor(evidence: Evidence) -> np.ndarray:
     """Mean |activation x gradient of the cross-entropy|, summed over a unit's positions; (classes, units).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -13,16 +14,46 @@ from resect.errors import ScoreError
 from resect.tracing import Evidence, Trace
 
 Scorer = Callable[[Evidence], np.ndarray]
+S = TypeVar("S", bound=Scorer)
 DEAD_VARIANCE = 1e-12
 # Sums are taken in single precision: a variance this small beside the mean square is rounding, and the unit constant.
 ROUNDING = 1e-6
 SCORERS: dict[str, Scorer] = {}
 
 
-def scorer(function: Scorer) -> Scorer:
-    """Register a scorer under its function name, so that `score(trace, "name")` and the command line find it."""
+@overload
+def scorer(function: S, /) -> S: ...
+@overload
+def scorer(**needs: Any) -> Callable[[S], S]: ...
+def scorer(function: Any = None, /, **needs: Any) -> Any:
+    """Register a scorer under its name, so that `score(trace, "name")` and the command line find it.
+
+    `@scorer`, or `@scorer(gradients=True)` with what a trace must be asked for, so that `prune` asks for it (see `needs`).
+    """
+    if function is None:
+        return lambda function: scorer(_needing(function, needs))
     SCORERS[function.__name__] = function
     return function
+
+
+def _needing(function: Any, what: dict[str, Any]) -> Any:
+    function.needs = what
+    return function
+
+
+def needs(*scorers: str | Scorer) -> dict[str, Any]:
+    """What a trace must be asked for so that all of these scorers can be used: keyword arguments of `trace`.
+
+    Raises ScoreError for an unknown name.
+
+    >>> needs("magnitude", "taylor")
+    {'gradients': True}
+    """
+    wanted: dict[str, Any] = {}
+    for each in scorers:
+        for name, value in getattr(_resolve(each)[1], "needs", {}).items():
+            wanted[name] = max(value, wanted.get(name, value))
+    return wanted
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from resect.anatomy import Anatomy, Group, Slices
 from resect.batches import Batch, device_of, forward, unpack
 from resect.errors import DataError, ModelError
 from resect.tracing.observing import Reader, Reading, norm_line, observing, survey
+from resect.tracing.states import Sampler, States, merged
 from resect.tracing.sums import Adder, Statistics, Sums, by_example
 
 HELD_OUT_EVERY = 5
@@ -47,7 +48,8 @@ class Evidence:
 
     examples: (classes,) number of examples. writer_norm: (units,) Euclidean size of what writes a unit. readers: one entry per
     reader of the group. systems: per reader (weight (outputs, columns), second moments (columns + 1, columns + 1), columns of
-    each unit (units, width)) where Gram matrices were traced. seed: for scorers that draw.
+    each unit (units, width)) where Gram matrices were traced. states: a sample of hidden states, where it was asked for. seed:
+    for scorers that draw.
     """
 
     group: str
@@ -57,6 +59,7 @@ class Evidence:
     writer_norm: np.ndarray
     readers: tuple[ReaderEvidence, ...]
     systems: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...] = ()
+    states: States | None = None
     seed: int = 0
 
     def over_readers(self, name: str) -> np.ndarray:
@@ -71,7 +74,8 @@ class Trace:
 
     examples: (classes,) how many of each class were seen. weights: the network's tensors by name, not copies; the trace of one
     network is of no use for another. scales: (outputs,) per reader with a batch norm behind it, what the norm makes of one unit
-    of each output: errors count by it. labelled: False where all data count as one class.
+    of each output: errors count by it. labelled: False where all data count as one class. states: per group a sample of hidden
+    states, empty unless it was asked for.
     """
 
     anatomy: Anatomy
@@ -81,6 +85,7 @@ class Trace:
     labelled: bool
     weights: Mapping[str, torch.Tensor]
     scales: Mapping[str, np.ndarray]
+    states: Mapping[str, States] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -100,6 +105,7 @@ class Trace:
             labelled=self.labelled and other.labelled,
             weights=self.weights,
             scales=self.scales,
+            states=merged(self.states, other.states),
         )
 
     def evidence(self, group: Group, *, seed: int = 0) -> Evidence:
@@ -114,6 +120,7 @@ class Trace:
             writer_norm=np.sqrt(np.sum(squares, axis=0)) if squares else np.zeros(group.units),
             readers=tuple(self._reader_evidence(part) for part in parts),
             systems=tuple(system for part in parts if (system := self.system(part)) is not None),
+            states=self.states.get(group.name),
             seed=seed,
         )
 
@@ -179,6 +186,7 @@ def trace(
     classes: int | None = None,
     token_stride: int = 32,
     gram_positions: int = 64,
+    states: int = 0,
     quiet: bool = True,
 ) -> Trace:
     """Watch every unit of a network on data, class by class, in one streaming pass.
@@ -186,7 +194,8 @@ def trace(
     data: iterable of batches; unlabelled data count as one class. classes: number of classes (default: the width of the
     network's output for labelled data). grams: also sum the second moments of every reader's inputs, for repair and
     `reconstruction`; every `token_stride`-th token and up to `gram_positions` positions of a convolution. gradients: also sum
-    |value x gradient| of the cross-entropy, for `taylor`; needs labels.
+    |value x gradient| of the cross-entropy, for `taylor`; needs labels. states: also keep so many rows of hidden states per
+    group (examples, positions or tokens), for `spectral`: rows x units x 8 bytes.
 
     Groups that are read by a weight which no call can be recognised by (it is computed on the way) are left alone: they are
     pins of the trace's anatomy.
@@ -206,7 +215,8 @@ def trace(
     anatomy = anatomy.without(
         unseen, "what reads it cannot be observed: its weight is computed on the way, or used by an op of its own"
     )
-    pass_ = _Pass(model, readers, grams, gradients, classes, token_stride, gram_positions)
+    sampler = Sampler(model, anatomy, readers, states) if states else None
+    pass_ = _Pass(model, readers, grams, gradients, classes, token_stride, gram_positions, sampler)
     for batch in track(data, description="tracing", disable=quiet, transient=True):
         pass_.see(unpack(batch, where="the calibrate data"))
     if pass_.examples is None:
@@ -219,6 +229,7 @@ def trace(
         labelled=pass_.labelled,
         weights={**dict(model.named_buffers()), **dict(model.named_parameters())},
         scales={n: norm_line(model, r.norm)[1].abs().cpu().numpy() for n, r in readers.items() if r.norm is not None},
+        states=sampler.finish() if sampler is not None else {},
     )
 
 
@@ -235,9 +246,11 @@ def check_ready(model: nn.Module) -> None:
 class _Pass:
     """One pass over data: who is in which class, and an adder per reader."""
 
-    def __init__(self, model, readers, grams, gradients, classes, token_stride, gram_positions):
+    def __init__(self, model, readers, grams, gradients, classes, token_stride, gram_positions, sampler=None):
         self.model, self.readers, self.gradients, self.classes = model, readers, gradients, classes
         self.grams, self.token_stride, self.gram_positions = grams, token_stride, gram_positions
+        self.sampler: Sampler | None = sampler
+        self.watched = [*readers, *(set(sampler.at) - set(readers) if sampler else ())]
         self.adders: dict[str, Adder] = {}
         self.examples: np.ndarray | None = None
         self.seen, self.labelled = 0, True
@@ -251,8 +264,14 @@ class _Pass:
         held = (torch.arange(batch.size, device=device) + self.seen) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         readings: list[Reading] = []
         known: dict[int, Statistics] = {}
+        if self.sampler is not None:
+            self.sampler.begin(batch)
 
         def add(reading: Reading) -> None:
+            if self.sampler is not None:
+                self.sampler.see(reading)
+            if reading.reader.tensor not in self.adders:
+                return
             adder = self.adders[reading.reader.tensor]
             with torch.no_grad():
                 adder.add(reading, labels, held, batch.mask, known)
@@ -265,11 +284,13 @@ class _Pass:
 
         with (
             torch.enable_grad() if self.gradients else torch.inference_mode(),
-            observing(self.model, self.readers, add, prepare=_with_gradient if self.gradients else None),
+            observing(self.model, self.watched, add, prepare=_with_gradient if self.gradients else None),
         ):
             logits = forward(self.model, batch, device=device)
         if self.gradients:
             self._add_slopes(readings, logits, labels)
+        if self.sampler is not None:
+            self.sampler.end()
         self.seen += batch.size
         self.examples += np.bincount(labels.cpu().numpy(), minlength=len(self.examples))
 
