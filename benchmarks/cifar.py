@@ -22,6 +22,7 @@ from publish import RESULTS, data_folder, publish, spread, table
 from resect import Budget, cut, dissect, evaluate, fit, repair, score, trace
 from resect.repair import reestimate, repair_sequentially
 from resect.searching.allocation import Curves, Knapsack, against
+from resect.searching.finishing import ALTERNATIONS
 from resect.searching.sensitivity import weighed
 from resect.sources.huggingface import load_images
 
@@ -80,12 +81,16 @@ def scorer_runs(depth: int, budget: Budget, names: list[str], count: int) -> lis
     for name in names:
         scores = score(with_labels, name)
         curves, _ = weighed(Curves.of(scores, "least_squares"), model, scores, calib, "least_squares")
+        curves = curves.filled(anatomy)
         plan = Knapsack(scores=scores, curves=curves, measure=against(anatomy, budget)).within(1.0)
         networks = {
             m: cut(model, plan, weights=repair(with_labels, plan, m).weights) for m in ("none", "mean", "least_squares")
         }
         networks["none + batch norm"] = reestimate(model, networks["none"], calib)[0]
         networks["sequential"] = repair_sequentially(model, networks["least_squares"], plan, calib)[0]
+        networks["sequential, two in turn"] = repair_sequentially(
+            model, networks["least_squares"], plan, calib, alternations=ALTERNATIONS
+        )[0]
         for method, network in networks.items():
             runs.append({"scorer": name, "repair": method, "test": evaluate(network, test).accuracy, "kept": plan.kept})
         print(name, {run["repair"]: run["test"] for run in runs[-len(networks) :]}, flush=True)
@@ -113,7 +118,11 @@ def report(depth: int, part: str, dense: float, runs: list[dict[str, Any]]) -> s
         )
     seeds = len({run["seed"] for run in runs})
     columns = ["budget", "MACs kept, %", "parameters kept, %", "test accuracy, %", "CPU seconds"]
-    return head + f"{seeds} calibration seeds, {runs[0]['images']} images and their mirror images.\n\n" + table(columns, rows)
+    return (
+        head
+        + f"{seeds} calibration seed{'s' * (seeds > 1)}, {runs[0]['images']} images and their mirror images.\n\n"
+        + table(columns, rows)
+    )
 
 
 def main() -> None:

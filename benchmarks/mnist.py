@@ -6,7 +6,8 @@ Per seed: a network is trained normally (Adam, one cycle, 10 epochs) on the trai
 digits, and cut along the knapsack's path for the number of neurons, which the trace alone decides: no accuracy is looked at on
 the way. Every point of the path is judged on the 10,000 test digits. The table gives the largest share of the 768 hidden
 neurons removed at a test loss of at most 0.1, 0.2, 0.5 and 1.0 points, read off the path from the dense end: the first point
-that loses more ends the reading. `sequential` is `least_squares` plus the final repair in execution order.
+that loses more ends the reading. `sequential` is `least_squares` plus the final repair in execution order, `two in turn` the same
+with each layer and the one it feeds fitted in turn, which is what `prune` and `fit` do.
 
 As a yardstick, networks with the widths of the reconstruction path at 80 % are trained from scratch with the same recipe.
 """
@@ -25,12 +26,15 @@ from publish import data_folder, publish, spread, table
 from resect import Plan, cut, dissect, evaluate, repair, repair_sequentially, score, trace
 from resect.scoring import SCORERS, Scores
 from resect.searching.allocation import Curves, Knapsack, measure
+from resect.searching.finishing import ALTERNATIONS
 from resect.sources import Splits, load_data
 from resect.sources.demo import mlp, recipe, train
 
 REMOVED = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.725, 0.75, 0.775, 0.8, 0.825, 0.85, 0.875, 0.9, 0.925, 0.95)
 LOSSES = (0.001, 0.002, 0.005, 0.010)
-REPAIRS = ("none", "mean", "least_squares", "sequential")
+REPAIRS = ("none", "mean", "least_squares", "sequential", "two in turn")
+# Both start from the least-squares repair of the plan.
+IN_ORDER = {"sequential": 0, "two in turn": ALTERNATIONS}
 
 
 def plans_by_price(knapsack: Knapsack) -> list[Plan]:
@@ -51,11 +55,9 @@ def path(
     """Test accuracy along the path of one scorer and one repair."""
     points = []
     for plan in plans:
-        small = cut(
-            model, plan, weights=repair(scores.trace, plan, "least_squares" if method == "sequential" else method).weights
-        )
-        if method == "sequential":
-            small, _ = repair_sequentially(model, small, plan, calib)
+        small = cut(model, plan, weights=repair(scores.trace, plan, "least_squares" if method in IN_ORDER else method).weights)
+        if method in IN_ORDER:
+            small, _ = repair_sequentially(model, small, plan, calib, alternations=IN_ORDER[method])
         points.append(
             {
                 "removed": 1 - plan.share,
@@ -90,7 +92,7 @@ def one_seed(splits: Splits, seed: int, names: list[str]) -> dict[str, Any]:
         scores = score(seen, name, seed=seed)
         plans: list[Plan] = []
         for method in REPAIRS:
-            plans = plans if method == "sequential" else plans_of(scores, method)
+            plans = plans if method in IN_ORDER else plans_of(scores, method)
             result["paths"][f"{name}/{method}"] = path(model, scores, plans, method, splits, calib)
         best = [largest(result["paths"][f"{name}/{m}"], dense, 0.002) for m in REPAIRS]
         print(f"seed {seed} dense {dense:.4f} {name}: removed at .2 {dict(zip(REPAIRS, np.round(best, 3)))}", flush=True)

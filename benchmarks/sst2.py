@@ -42,7 +42,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sentences", type=int, default=512)
+    parser.add_argument("--sentences", type=int, default=1024)
     arguments = parser.parse_args()
     if "RESECT_WEIGHTS" not in os.environ:
         sys.exit("no weights: set RESECT_WEIGHTS to the folder that holds minilm_sst2/")
@@ -79,7 +79,7 @@ def main() -> None:
         table_rows.append([share, spread([run["test"] for run in mine], 2, 100), drop, seconds])
     head = f"# MiniLM on SST-2, no gradient step\n\nDense: {100 * dense:.2f} % of 872. Made by benchmarks/sst2.py.\n\n"
     columns = ["share of MACs allowed", "validation accuracy, %", "loss, points", "CPU seconds"]
-    text = head + f"{arguments.seeds} seeds, {arguments.sentences} sentences.\n\n" + table(columns, table_rows)
+    text = head + f"{arguments.seeds} calibration seeds, {arguments.sentences} sentences.\n\n" + table(columns, table_rows)
     publish("sst2-minilm", {"dense": dense, "runs": runs}, text)
     print(text)
 

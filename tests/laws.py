@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import resect
 from resect.anatomy import Anatomy, slicing
 from resect.batches import forward, unpack
-from resect.repair.closed_form import _problems, kept_columns
+from resect.repair.closed_form import _blocks, _problems, kept_columns
 from resect.surgery import state_digest
 
 SCORER_NAMES = (
@@ -191,11 +192,12 @@ def law_11_least_squares_is_never_worse_than_none(model: nn.Module, anatomy: Ana
     for name, kept in kept_columns(trace, plan).items():
         if trace.sums[name].gram is None:
             continue
-        for problem in _problems(trace, name, kept, constant=trace.readers[name].offset is not None):
-            moments = problem.fit + problem.held
+        blocks = [replace(block, held=block.fit + block.held) for block in _blocks(trace, name)]
+        for problem in _problems(blocks, kept, trace.weights[name].shape[trace.readers[name].axis]):
+            unrepaired = problem.error(problem.none())
             for ridge in (1e-6, 1e-3, 1.0):
-                change, _ = problem.least_squares(moments, ridge)
-                assert problem.error(change, moments) <= problem.error(problem.none(moments), moments) * (1 + 1e-6) + 1e-9
+                change, _ = problem.least_squares(problem.block.held, ridge)
+                assert problem.error(change) <= unrepaired * (1 + 1e-6) + 1e-9 * (1 + problem.block.size)
 
 
 def labelled(model: nn.Module, data: Sequence[Any]) -> list[Any]:
