@@ -6,8 +6,8 @@ Per seed: a network is trained normally (Adam, one cycle, 10 epochs) on the trai
 digits, and cut along the knapsack's path for the number of neurons, which the trace alone decides: no accuracy is looked at on
 the way. Every point of the path is judged on the 10,000 test digits. The table gives the largest share of the 768 hidden
 neurons removed at a test loss of at most 0.1, 0.2, 0.5 and 1.0 points, read off the path from the dense end: the first point
-that loses more ends the reading. `sequential` is `least_squares` plus the final repair in execution order, `two in turn` the same
-with each layer and the one it feeds fitted in turn, which is what `prune` and `fit` do.
+that loses more ends the reading. `sequential` is `least_squares` plus the final repair in execution order, `two in turn` the
+same with each layer and the one it feeds fitted in turn, which is what `prune` and `fit` do.
 
 As a yardstick, networks with the widths of the reconstruction path at 80 % are trained from scratch with the same recipe.
 """
@@ -24,7 +24,7 @@ from torch import nn
 
 from publish import data_folder, publish, spread, table
 from resect import Plan, cut, dissect, evaluate, repair, repair_sequentially, score, trace
-from resect.scoring import SCORERS, Scores
+from resect.scoring import SCORERS, Scores, needs
 from resect.searching.allocation import Curves, Knapsack, measure
 from resect.searching.finishing import ALTERNATIONS
 from resect.sources import Splits, load_data
@@ -141,10 +141,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", help="scorers, with commas (default: all)")
     arguments = parser.parse_args()
-    names = arguments.only.split(",") if arguments.only else sorted(SCORERS)
+    names = arguments.only.split(",") if arguments.only else sorted(name for name in SCORERS if not needs(name).get("states"))
     splits = load_data(data_folder("mnist", arguments.data), seed=0)
     seeds = [one_seed(splits, seed, names) for seed in range(arguments.seeds)]
-    publish("mnist" if not arguments.only else "mnist-part", {"seeds": seeds}, report(seeds, names))
+    publish("mnist" if not arguments.only else f"mnist-{'-'.join(names)}", {"seeds": seeds}, report(seeds, names))
 
 
 if __name__ == "__main__":
