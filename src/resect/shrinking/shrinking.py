@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from resect.anatomy import Anatomy, dissect
+from resect.anatomy import Anatomy, Group, dissect
 from resect.batches import divide, unpack
 from resect.errors import GoalError
 from resect.evaluation import evaluate
@@ -41,6 +41,11 @@ class Shrunk(Found):
 
     rounds: tuple[Round, ...]
     recovered: Recovered | None
+
+    @property
+    def floor(self) -> Floor | None:
+        """The promise that was certified or not; None where only a cost was asked for."""
+        return None if self.certificate is None else self.certificate.floor
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the network, as JSON-able values."""
@@ -177,7 +182,7 @@ def _rounds(
         small, plan, done = keeper.resume(small, plan)
     for number in range(len(done) + 1, target.count + 1):
         started = time.monotonic()
-        scores, later = _chosen(small, anatomy, data, target, number, options)
+        scores, later = _chosen(small, plan, data, target, number, options)
         weights = repaired_by(scores.trace, later, options["repair"]).weights
         small, plan = cut(small, later, weights=weights), plan.then(later)
         done.append(
@@ -197,12 +202,10 @@ def _rounds(
 
 
 def _chosen(
-    small: nn.Module, dense: Anatomy, data: list[Any], target: Target, number: int, options: dict[str, Any]
+    small: nn.Module, plan: Plan, data: list[Any], target: Target, number: int, options: dict[str, Any]
 ) -> tuple[Scores, Plan]:
     """Scores of the network as it is, and the plan of the cut to the next waypoint."""
-    names = {group.name for group in dense.groups}
-    anatomy = dissect(small, dense.example)
-    anatomy = anatomy.without([g.name for g in anatomy.groups if g.name not in names], "left alone in the dense network")
+    anatomy = same_units(dissect(small, plan.anatomy.example), plan)
     scores = scored(small, data, anatomy, options["scorer"], seed=options["seed"], quiet=options["quiet"])
     measure = target.on(scores.anatomy)
     curves = None
@@ -216,13 +219,31 @@ def _chosen(
         return (by_share if options["allocation"] == "uniform" else by_rank)(scores, measure, limit)
 
     limit, limit_ms = target.limit(number), target.limit_ms(number)
-    plan = within(limit) if limit_ms is None else fast_enough(small, within, limit, limit_ms)
-    if measure(plan.kept) > limit:
+    later = within(limit) if limit_ms is None else fast_enough(small, within, limit, limit_ms)
+    if measure(later.kept) > limit:
         raise GoalError(
             f"{target.to}: the units that can be traced do not reach it; with one left in every group "
-            f"{measure(plan.kept):.3g} times as much as asked for remains. Write a larger budget"
+            f"{measure(later.kept):.3g} times as much as asked for remains. Write a larger budget"
         )
-    return scores, plan
+    return scores, later
+
+
+def same_units(anatomy: Anatomy, plan: Plan) -> Anatomy:
+    """The anatomy of a network that `plan` left, without groups that are not groups of the dense network any more.
+
+    Units can become other ones: the query heads of a last remaining key head can go alone, in the dense network only together.
+    """
+    dense = {group.name: group for group in plan.anatomy.groups}
+
+    def widths(group: Group) -> set[tuple[str, int, int]]:
+        return {(part.tensor, part.axis, part.index.shape[1]) for part in group.slices}
+
+    others = [
+        group.name
+        for group in anatomy.groups
+        if group.name not in dense or group.units != plan.kept[group.name] or widths(group) != widths(dense[group.name])
+    ]
+    return anatomy.without(others, "its units are not those of the dense network")
 
 
 def _finally_repaired(
