@@ -229,7 +229,7 @@ def test_a_floor_is_certified_for_the_network_that_ships(wide) -> None:
     val, held = blobs(300, seed=5), blobs(600, seed=6)
     floor = resect.Floor(drop=0.05)
     options = {"to": resect.Budget(parameters=0.4), "rounds": 1, "recovery": resect.Recovery(steps=30), "val": val}
-    found = resect.shrink(wide, calib(), floor=floor, certify_on=held, **options)
+    found = resect.shrink(wide, calib(), floor=floor, certify=held, **options)
     certificate = found.certificate
     assert certificate.correct == resect.evaluate(found.model, held).right
     assert (certificate.level, certificate.reserve) == (floor.delta / 2, floor.delta / 2)

@@ -114,7 +114,7 @@ def _shrunk(
     from resect.shrinking import shrink as shrink_network
 
     check_writable(run.out)
-    promised: dict[str, Any] = {} if promise is None else {"floor": promise, "certify_on": splits.certify}
+    promised: dict[str, Any] = {} if promise is None else {"floor": promise, "certify": splits.certify}
     found = shrink_network(
         source.model,
         splits.calibrate,

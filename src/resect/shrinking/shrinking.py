@@ -22,7 +22,8 @@ from resect.recovery import Recovered, Recovery, recover
 from resect.repair import Method, reestimate, repair_sequentially
 from resect.repair import repair as repaired_by
 from resect.scoring import Scorer, Scores
-from resect.searching import Budget, Floor, Found, certify
+from resect.searching import Budget, Floor, Found
+from resect.searching import certify as certified
 from resect.searching.allocation import Curves
 from resect.searching.landing import by_curves, by_rank, by_share
 from resect.searching.search import Allocation
@@ -66,7 +67,7 @@ def shrink(
     train: Iterable[Any] | None = None,
     val: Iterable[Any] | None = None,
     floor: Floor | None = None,
-    certify_on: Iterable[Any] | None = None,
+    certify: Iterable[Any] | None = None,
     ignore: Iterable[str] = (),
     only: Iterable[str] = (),
     streams: bool = False,
@@ -85,7 +86,7 @@ def shrink(
     repair on. allocation: "knapsack" trades predicted harm against cost, as `fit`; "threshold" cuts the lowest normalised
     scores of all groups; "uniform" the same share of every group; "auto" is "knapsack", and "threshold" without repair.
     recovery: None leaves it out; train: its batches (default: `calib`); val: labelled batches, to choose the best network by.
-    floor: a promise to certify on `certify_on`, or on half of `val`, for the network that ships; half of its delta is held back
+    floor: a promise to certify on `certify`, or on half of `val`, for the network that ships; half of its delta is held back
     for one made from it later. work: a directory that keeps every round and the recovery; called again after it was killed, the
     same call ends with the same network, byte for byte (not where latency is measured).
 
@@ -95,12 +96,12 @@ def shrink(
     Source: iterative pruning with one recovery, as in arXiv 2605.18860.
     """
     started = time.monotonic()
-    _check(rounds, allocation, floor, val, certify_on)
+    _check(rounds, allocation, floor, val, certify)
     check_ready(model)
     data = calib if isinstance(calib, list) else list(calib)
     anatomy = cuttable(model, data, ignore, only, streams=streams)
     check_deterministic(model, Plan.all(anatomy))
-    judged, held = _splits(val, certify_on, floor, seed)
+    judged, held = _splits(val, certify, floor, seed)
     target = Target(anatomy, to, rounds, model)
     settings = {"to": to.to_dict(), "rounds": rounds, "scorer": _name(scorer), "repair": repair, "allocation": allocation}
     keeper = None if work is None else Keeper(Path(work), model, {**settings, "seed": seed, "data": fingerprint(data)})
@@ -117,7 +118,7 @@ def shrink(
         small = recovered.model
     certificate = None
     if floor is not None and held is not None:
-        certificate = certify(floor, evaluate(model, held), [evaluate(small, held)], reserve=RESERVE, seed=seed)
+        certificate = certified(floor, evaluate(model, held), [evaluate(small, held)], reserve=RESERVE, seed=seed)
     return Shrunk(
         model=small,
         plan=plan,
@@ -139,13 +140,13 @@ def shrink(
     )
 
 
-def _check(rounds: int, allocation: str, floor: Floor | None, val: Any, certify_on: Any) -> None:
+def _check(rounds: int, allocation: str, floor: Floor | None, val: Any, certify: Any) -> None:
     if isinstance(rounds, bool) or rounds != int(rounds) or rounds < 1:
         raise GoalError(f"rounds={rounds!r} is not a number of rounds; write 1 to cut at once, 5 to cut step by step")
     if allocation not in get_args(Allocation):
         raise GoalError(f"there is no allocation {allocation!r}; write one of {', '.join(get_args(Allocation))}")
-    if floor is not None and val is None and certify_on is None:
-        raise GoalError("a floor is certified on labelled data: give certify_on, or val, half of which is taken for it")
+    if floor is not None and val is None and certify is None:
+        raise GoalError("a floor is certified on labelled data: give certify, or val, half of which is taken for it")
 
 
 def _allocation(allocation: str, repair: Method) -> str:
@@ -155,13 +156,13 @@ def _allocation(allocation: str, repair: Method) -> str:
 
 
 def _splits(
-    val: Iterable[Any] | None, certify_on: Iterable[Any] | None, floor: Floor | None, seed: int
+    val: Iterable[Any] | None, certify: Iterable[Any] | None, floor: Floor | None, seed: int
 ) -> tuple[list[Any] | None, list[Any] | None]:
     """The search data, and the certify data where a floor was given."""
-    if floor is not None and certify_on is None and val is not None:
+    if floor is not None and certify is None and val is not None:
         search, held = divide(val, (0.5, 0.5), seed=seed)
         return search, held
-    return (None if val is None else list(val)), (None if certify_on is None else list(certify_on))
+    return (None if val is None else list(val)), (None if certify is None else list(certify))
 
 
 def _rounds(
