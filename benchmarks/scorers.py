@@ -149,7 +149,7 @@ def iterative(case: Case, base: Row, arguments: argparse.Namespace) -> Iterator[
                 for rounds in ROUNDS:
                     start = time.process_time()
                     options = {"rounds": rounds, "scorer": named(name), "repair": method, "allocation": "uniform"}
-                    small = shrink(case.model, case.calib, to=budget(case, removed), seed=base["seed"], **options)
+                    small = shrink(case.model, case.calib, to=budget(case, removed), seed=base["seed"], **case.trace, **options)
                     row = {**base, "part": "iterative", "scorer": name, "removed": removed, "repair": method, "rounds": rounds}
                     seconds = time.process_time() - start
                     parameters = small.cost.parameters

@@ -99,10 +99,17 @@ def cuttable(
 
 
 def scored(
-    model: nn.Module, data: list[Any], anatomy: Anatomy, scorer: str | Scorer, *, seed: int = 0, quiet: bool = True
+    model: nn.Module,
+    data: list[Any],
+    anatomy: Anatomy,
+    scorer: str | Scorer,
+    *,
+    token_stride: int = 32,
+    seed: int = 0,
+    quiet: bool = True,
 ) -> Scores:
     """Trace what a scorer needs, and score."""
-    seen = trace(model, data, anatomy, gradients=scorer == "taylor", quiet=quiet)
+    seen = trace(model, data, anatomy, gradients=scorer == "taylor", token_stride=token_stride, quiet=quiet)
     return score(seen, best_scorer(seen) if scorer == "auto" else scorer, seed=seed)
 
 

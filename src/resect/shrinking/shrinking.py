@@ -71,6 +71,7 @@ def shrink(
     ignore: Iterable[str] = (),
     only: Iterable[str] = (),
     streams: bool = False,
+    token_stride: int = 32,
     work: str | os.PathLike[str] | None = None,
     seed: int = 0,
     quiet: bool = True,
@@ -85,7 +86,8 @@ def shrink(
     to: shares of parameters, MACs and bytes that may remain, or milliseconds at batch 1, measured. calib: batches to trace and
     repair on. allocation: "knapsack" trades predicted harm against cost, as `fit`; "threshold" cuts the lowest normalised
     scores of all groups; "uniform" the same share of every group; "auto" is "knapsack", and "threshold" without repair.
-    recovery: None leaves it out; train: its batches (default: `calib`); val: labelled batches, to choose the best network by.
+    token_stride: second moments take every so many tokens; 1 where texts are few. recovery: None leaves it out; train: its
+    batches (default: `calib`); val: labelled batches, to choose the best network by.
     floor: a promise to certify on `certify`, or on half of `val`, for the network that ships; half of its delta is held back
     for one made from it later. work: a directory that keeps every round and the recovery; called again after it was killed, the
     same call ends with the same network, byte for byte (not where latency is measured).
@@ -103,9 +105,11 @@ def shrink(
     check_deterministic(model, Plan.all(anatomy))
     judged, held = _splits(val, certify, floor, seed)
     target = Target(anatomy, to, rounds, model)
-    settings = {"to": to.to_dict(), "rounds": rounds, "scorer": _name(scorer), "repair": repair, "allocation": allocation}
-    keeper = None if work is None else Keeper(Path(work), model, {**settings, "seed": seed, "data": fingerprint(data)})
-    options = {"scorer": scorer, "repair": repair, "allocation": _allocation(allocation, repair), "seed": seed, "quiet": quiet}
+    options: dict[str, Any] = {"scorer": scorer, "repair": repair, "allocation": _allocation(allocation, repair)}
+    options |= {"seed": seed, "token_stride": token_stride}
+    settings = {**options, "scorer": _name(scorer), "to": to.to_dict(), "rounds": rounds, "data": fingerprint(data)}
+    keeper = None if work is None else Keeper(Path(work), model, settings)
+    options["quiet"] = quiet
     small, plan, done = _rounds(model, anatomy, data, target, judged, keeper, options)
     repaired: dict[str, str] = {}
     if done and repair == "least_squares":
@@ -207,7 +211,8 @@ def _chosen(
 ) -> tuple[Scores, Plan]:
     """Scores of the network as it is, and the plan of the cut to the next waypoint."""
     anatomy = same_units(dissect(small, plan.anatomy.example), plan)
-    scores = scored(small, data, anatomy, options["scorer"], seed=options["seed"], quiet=options["quiet"])
+    tracing = {name: options[name] for name in ("seed", "token_stride", "quiet")}
+    scores = scored(small, data, anatomy, options["scorer"], **tracing)
     measure = target.on(scores.anatomy)
     curves = None
     if options["allocation"] == "knapsack":
