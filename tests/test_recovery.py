@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import resect
-from laws import snapshot
+from laws import batches_like, snapshot
 from resect.batches import unpack
 from resect.recovery.feeding import feed
 from resect.recovery.losses import distillation_loss, is_causal, recovery_loss
 from resect.recovery.training import rise_and_fall
 from resect.surgery import state_digest
+from zoo import WHOLE
 
 
 def blobs(count: int = 600, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,6 +336,20 @@ def test_labels_of_tokens_are_shifted_for_causal_models_only() -> None:
         recovery_loss(right, None, labelled, causal=True, **options),
         recovery_loss(right, None, unpack(batch), causal=True, **options),
     )
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_models_and_batches_of_transformers_work_as_they_are(name: str) -> None:
+    if name not in WHOLE:
+        pytest.skip("transformers is not installed")
+    model, example = WHOLE[name]()
+    data = batches_like(example, count=2, size=4)
+    plan = resect.Plan.random(resect.dissect(model, example), ratio=0.3)
+    small = resect.cut(model, plan)
+    before = snapshot(model), snapshot(small)
+    result = resect.recover(model, small, data, resect.Recovery(steps=12, learning_rate=3e-3, distillation=1.0))
+    assert (snapshot(model), snapshot(small)) == before
+    assert result.history[-1].loss < result.history[1].loss
 
 
 def test_distillation_is_the_divergence_at_a_temperature() -> None:

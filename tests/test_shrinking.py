@@ -22,7 +22,7 @@ from resect.shrinking.shrinking import same_units
 from resect.surgery import state_digest
 from test_cli import here, run  # noqa: F401 (a fixture)
 from test_searching import blobs, trained
-from zoo import ZOO
+from zoo import WHOLE, ZOO
 
 WIDE = (8, 96, 64, 4)
 
@@ -110,16 +110,17 @@ def test_plans_of_rounds_compose_over_the_zoo(name: str) -> None:
     assert state_digest(resect.cut(model, both)) == state_digest(small)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "resnet"])
-def test_the_zoo_shrinks_in_rounds(name: str) -> None:
-    found = next((entry for entry in sorted(ZOO) if name in entry.lower()), None)
-    if found is None:
-        pytest.skip(f"no {name} in the quick zoo")
-    model, example = ZOO[found]()
-    data = batches_like(example)
-    small = resect.shrink(model, data, to=resect.Budget(parameters=0.85), rounds=2, allocation="threshold")
-    assert small.cost.parameters <= 0.85 * small.dense_cost.parameters
-    assert small.cost.parameters == sum(p.numel() for p in small.model.parameters())
+@pytest.mark.parametrize("name", ["bert", "llama", "resnet_padded", "grouped", "attention_fused_timm"])
+def test_convolutions_and_transformers_shrink_in_rounds(name: str) -> None:
+    if name not in WHOLE:
+        pytest.skip("transformers is not installed")
+    model, example = WHOLE[name]()
+    to = resect.Budget(parameters=0.85)
+    options = {"to": to, "rounds": 2, "token_stride": 1, "recovery": resect.Recovery(steps=4, learning_rate=1e-3)}
+    found = resect.shrink(model, batches_like(example), **options)
+    assert 0.8 < found.cost.parameters / found.dense_cost.parameters <= 0.85
+    assert found.cost.parameters == sum(p.numel() for p in found.model.parameters())
+    assert found.cost == found.plan.cost()
 
 
 @pytest.mark.parametrize("killed_in", ["round 2", "final repair", "recovery"])

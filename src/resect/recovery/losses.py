@@ -40,8 +40,10 @@ def recovery_loss(
         )
     targets = _targets(logits, batch, causal)
     if logits.ndim == 3:
-        counted = torch.ones(logits.shape[:2], dtype=torch.bool) if batch.mask is None else batch.mask
-        counted = counted.to(logits.device)
+        mask = batch.mask
+        if mask is None or mask.shape != logits.shape[:2]:
+            mask = torch.ones(logits.shape[:2], dtype=torch.bool)
+        counted = mask.to(logits.device)
         logits, taught = logits[counted], None if taught is None else taught.to(logits.device)[counted]
         targets = None if targets is None else targets[counted]
     parts = []

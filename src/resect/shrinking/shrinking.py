@@ -108,6 +108,7 @@ def shrink(
     options: dict[str, Any] = {"scorer": scorer, "repair": repair, "allocation": _allocation(allocation, repair)}
     options |= {"seed": seed, "token_stride": token_stride}
     settings = {**options, "scorer": _name(scorer), "to": to.to_dict(), "rounds": rounds, "data": fingerprint(data)}
+    settings["groups"] = anatomy.fingerprint
     keeper = None if work is None else Keeper(Path(work), model, settings)
     options["quiet"] = quiet
     small, plan, done = _rounds(model, anatomy, data, target, judged, keeper, options)
@@ -138,7 +139,7 @@ def shrink(
         repaired=repaired,
         seconds=time.monotonic() - started,
         seed=seed,
-        notes=(*target.notes(plan, bool(done)), *(() if recovered is None else recovered.notes)),
+        notes=(*target.notes(plan, done[-1].latency_ms if done else None), *(() if recovered is None else recovered.notes)),
         rounds=tuple(done),
         recovered=recovered,
     )

@@ -70,16 +70,20 @@ class Target:
         args, kwargs = self.anatomy.example
         return Plan.all(dissect(small, (args, kwargs), verify=False)).cost() if plan.share < 1 else plan.cost()
 
-    def notes(self, plan: Plan, cut_once: bool) -> list[str]:
-        """What a user should know of how the target was met."""
-        if not cut_once:
+    def notes(self, plan: Plan, taken: float | None) -> list[str]:
+        """What a user should know of how the target was met; taken: milliseconds of the last round, where they count."""
+        if self.met:
             return [f"The network keeps to the target as it is ({self.to}): nothing was cut."]
-        reached = self.measure(plan.kept)
-        if not self.limited or reached >= 1 - CLOSE:
-            return []
-        shares = plan.cost().share_of(self.dense.cost())
-        named = ", ".join(f"{name} {shares[name]:.2%}" for name in ("parameters", "macs", "bytes") if getattr(self.to, name))
-        return [f"Whole units do not come closer to {self.to} without going above it: {named} remain."]
+        told = []
+        if taken is not None and self.to.latency_ms is not None and taken > self.to.latency_ms:
+            told.append(
+                f"Measured once more, the network took {taken:.3g} ms, above the {self.to.latency_ms:.3g} ms asked for."
+            )
+        if self.limited and taken is None and self.measure(plan.kept) < 1 - CLOSE:
+            shares = plan.cost().share_of(self.dense.cost())
+            named = ", ".join(f"{name} {share:.2%}" for name, share in shares.items() if getattr(self.to, name))
+            told.append(f"Whole units do not come closer to {self.to} without going above it: {named} remain.")
+        return told
 
 
 def fast_enough(small: nn.Module, within: Callable[[float], Plan], limit: float, limit_ms: float) -> Plan:
