@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -298,5 +299,8 @@ def mean(losses: list[float]) -> float:
 
 
 def _progress(quiet: bool) -> Progress:
+    """Steps, time left and loss, where somebody watches."""
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[loss]}"), transient=True, disable=quiet)
+    silent = quiet or not console.is_terminal
+    return Progress(*columns, TextColumn("{task.fields[loss]}"), console=console, transient=True, disable=silent)
