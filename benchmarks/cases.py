@@ -116,7 +116,7 @@ def minilm(seed: int, quick: bool) -> Case:
 
     calib, val, lessons = (part("train", rows[a:b]) for a, b in pairwise(ends))
     order = np.random.default_rng(7).permutation(len(data["validation"]))
-    judged = 32 if quick else 290
+    judged = 32 if quick else 218
     test = part("validation", order[seed * judged :][:judged])
     return Case(
         model=model,
