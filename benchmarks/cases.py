@@ -149,10 +149,11 @@ def stories(seed: int, quick: bool) -> Case:
     ends = [0, count, count + 32, len(own)]
     calib, val, lessons = (_tokens(blocks["train"][own[a:b]], 16) for a, b in pairwise(ends))
     test = _tokens(blocks["validation"][seed * judged :][:judged], 16)
-    cuts = torch.from_numpy(draw.integers(8, BLOCK, (512 if not quick else 8,)))
+    stops = draw.integers(8, BLOCK, (len(calib), 2 if quick else 6))
     asked = [
-        {"input_ids": blocks["train"][own[row % count]][None, :end], "labels": blocks["train"][own[row % count]][None, end]}
-        for row, end in enumerate(cuts.tolist())
+        {"input_ids": item["input_ids"][:, :end], "labels": item["input_ids"][:, end]}
+        for item, some in zip(calib, stops)
+        for end in some
     ]
     return Case(
         model=model,
