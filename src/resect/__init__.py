@@ -20,9 +20,11 @@ from resect.evaluation import Evaluation, Latency, evaluate, latency
 from resect.exporting import export_onnx, load, load_plan, save
 from resect.pipeline import prune
 from resect.plan import Cost, Plan
+from resect.recovery import Recovered, Recovery, recover
 from resect.repair import reestimate, repair, repair_sequentially
 from resect.scoring import SCORERS, Scores, score, scorer
 from resect.searching import Budget, Certificate, Floor, Found, Trial, certify, fit, search
+from resect.shrinking import Round, Shrunk, shrink
 from resect.surgery import cut, masked, verify
 from resect.tracing import Evidence, Trace, trace
 
@@ -30,7 +32,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SCORERS", "Anatomy", "Budget", "Certificate", "Cost", "DataError", "Evaluation", "Evidence", "FileError", "Floor", "Found",
-    "GoalError", "Group", "Latency", "ModelError", "Plan", "PlanError", "ResectError", "ScoreError", "Scores", "SurgeryError",
-    "Trace", "Trial", "certify", "cut", "dissect", "evaluate", "export_onnx", "fit", "latency", "load", "load_plan", "masked",
-    "prune", "reestimate", "repair", "repair_sequentially", "save", "score", "scorer", "search", "testing", "trace", "verify",
+    "GoalError", "Group", "Latency", "ModelError", "Plan", "PlanError", "Recovered", "Recovery", "ResectError", "Round",
+    "ScoreError", "Scores", "Shrunk", "SurgeryError", "Trace", "Trial", "certify", "cut", "dissect", "evaluate",
+    "export_onnx", "fit", "latency", "load", "load_plan", "masked", "prune", "recover", "reestimate", "repair",
+    "repair_sequentially", "save", "score", "scorer", "search", "shrink", "testing", "trace", "verify",
 ]  # fmt: skip

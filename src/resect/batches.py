@@ -23,7 +23,8 @@ MASK_KEYS = ("attention_mask", "padding_mask")
 class Batch:
     """One batch, taken apart: what the network is called with, and what is known about the examples.
 
-    labels: (size,) int64 or None. mask: (size, tokens) bool, False at padding, or None.
+    labels: (size,) int64 or None. mask: (size, tokens) bool, False at padding, or None. tokens: (size, tokens) int64 labels
+    of tokens, -100 where there is none, or None.
     """
 
     args: tuple[Any, ...]
@@ -31,6 +32,7 @@ class Batch:
     labels: torch.Tensor | None
     mask: torch.Tensor | None
     size: int
+    tokens: torch.Tensor | None = None
 
 
 def unpack(batch: Any, *, where: str = "data") -> Batch:
@@ -38,6 +40,7 @@ def unpack(batch: Any, *, where: str = "data") -> Batch:
 
     A tensor is unlabelled input; of a tuple or list of two or more the last entry is the labels; in a mapping the labels are
     under "labels", "label", "targets" or "target", the padding mask under "attention_mask", and the rest are keyword inputs.
+    Labels of the same shape as integer inputs (examples, tokens) label tokens; such examples count as unlabelled.
 
     Raises DataError for anything else, for labels that are not one integer per example, and for batches of no examples.
 
@@ -70,7 +73,16 @@ def unpack(batch: Any, *, where: str = "data") -> Batch:
     size = int(tensors[0].shape[0])
     if size == 0:
         raise DataError(f"a batch of {where} holds no examples (first input has shape {tuple(tensors[0].shape)})")
+    if _label_tokens(labels, tensors[0]):
+        assert labels is not None
+        return Batch(args=args, kwargs=kwargs, labels=None, mask=mask, size=size, tokens=labels.long())
     return Batch(args=args, kwargs=kwargs, labels=_checked_labels(labels, size, where), mask=mask, size=size)
+
+
+def _label_tokens(labels: Any, inputs: torch.Tensor) -> bool:
+    """Whether labels are those of tokens: whole numbers, two or more an example, one for each of its integer inputs."""
+    tensors = isinstance(labels, torch.Tensor) and labels.shape == inputs.shape and labels.ndim == 2 and labels.shape[1] > 1
+    return tensors and not labels.is_floating_point() and not inputs.is_floating_point()
 
 
 def _checked_labels(labels: torch.Tensor | None, size: int, where: str) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ from resect.anatomy import Anatomy, dissect
 from resect.batches import select, unpack
 from resect.errors import DataError, FileError, GoalError
 from resect.repair import Method
-from resect.scoring import Scorer, needs, score
+from resect.scoring import Scorer, Scores, needs, score
 from resect.searching import Budget, Floor, Found, Trial, fit, search
 from resect.searching.rounding import RoundTo, check_round_to
 from resect.searching.search import Allocation, Minimise
@@ -67,13 +67,8 @@ def prune(
     record = None if trials is None else _recorder(Path(trials))
     check_ready(model)
     data = calib if isinstance(calib, list) else list(calib)
-    anatomy = dissect(model, example_of(data), ignore=tuple(ignore), only=tuple(only))
-    if not streams:
-        names = [group.name for group in anatomy.groups if group.kind == "stream"]
-        anatomy = anatomy.without(names, "residual stream behind a layer norm; streams=True allows it")
-    wanted = {} if scorer == "auto" else needs(scorer)
-    seen = trace(model, data, anatomy, **wanted, quiet=quiet)
-    scores = score(seen, best_scorer(seen) if scorer == "auto" else scorer, seed=seed)
+    anatomy = cuttable(model, data, ignore, only, streams=streams)
+    scores = scored(model, data, anatomy, scorer, seed=seed, quiet=quiet)
     if budget is not None:
         return fit(model, scores, budget, data, val=val, method=repair, round_to=round_to, seed=seed, quiet=quiet)
     assert floor is not None
@@ -94,6 +89,33 @@ def prune(
         seed=seed,
         on_trial=record,
     )
+
+
+def cuttable(
+    model: nn.Module, data: list[Any], ignore: Iterable[str] = (), only: Iterable[str] = (), *, streams: bool = False
+) -> Anatomy:
+    """What may be removed, found on the first examples of the data; residual streams only with `streams`."""
+    anatomy = dissect(model, example_of(data), ignore=tuple(ignore), only=tuple(only))
+    if streams:
+        return anatomy
+    names = [group.name for group in anatomy.groups if group.kind == "stream"]
+    return anatomy.without(names, "residual stream behind a layer norm; streams=True allows it")
+
+
+def scored(
+    model: nn.Module,
+    data: list[Any],
+    anatomy: Anatomy,
+    scorer: str | Scorer,
+    *,
+    token_stride: int | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+) -> Scores:
+    """Trace what a scorer needs, and score."""
+    wanted = {} if scorer == "auto" else needs(scorer)
+    seen = trace(model, data, anatomy, **wanted, token_stride=token_stride, quiet=quiet)
+    return score(seen, best_scorer(seen) if scorer == "auto" else scorer, seed=seed)
 
 
 def example_of(data: list[Any], examples: int = 2) -> Any:

@@ -117,6 +117,22 @@ class Plan:
             raise PlanError("plans of two different networks do not join; make both from the anatomy of one network")
         return Plan(anatomy=self.anatomy, keep={name: self.keep[name] | other.keep[name] for name in self.keep})
 
+    def then(self, later: Plan) -> Plan:
+        """The plan, for this network, of a cut by this plan and by `later`, which is for the network that this one leaves.
+
+        Groups that `later` does not name stay as they are. Raises PlanError where the counts of units do not match.
+        """
+        keep = {name: mask.copy() for name, mask in self.keep.items()}
+        for name, mask in later.keep.items():
+            left = np.flatnonzero(keep.get(name, ()))
+            if len(left) != len(mask):
+                raise PlanError(
+                    f"the later plan has {len(mask)} units in group {name!r}, and the first leaves {len(left)}; dissect the "
+                    "network that was cut by the first"
+                )
+            keep[name][left] = mask
+        return Plan(anatomy=self.anatomy, keep=keep)
+
     def __str__(self) -> str:
         rows = [f"{group.name}: {self.kept[group.name]} of {group.units}" for group in self.anatomy.groups]
         return f"keeps {self.share:.1%} of the units ({'; '.join(rows)})"

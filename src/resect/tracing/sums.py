@@ -138,7 +138,7 @@ def _octaves(values: torch.Tensor, membership: torch.Tensor) -> torch.Tensor:
 class Adder:
     """Adds readings of one reader into Sums, batch by batch; memory does not grow with the number of examples."""
 
-    def __init__(self, reader: Reader, classes: int, *, grams: bool, token_stride: int, gram_positions: int):
+    def __init__(self, reader: Reader, classes: int, *, grams: bool, token_stride: int | None, gram_positions: int):
         self.reader, self.classes, self.grams = reader, classes, grams
         self.token_stride, self.gram_positions = token_stride, gram_positions
         self.sums: dict[str, torch.Tensor] = {}
@@ -176,7 +176,8 @@ class Adder:
         judges = held[:, None].expand(len(held), rows.shape[1]) if len(rows) == len(held) else held.new_zeros(rows.shape[:2])
         keep = torch.ones_like(judges) if tokens is None else tokens[:, :, 0].bool()
         if reading.reader.op != "conv" and rows.shape[1] > 1:
-            keep = keep & (torch.arange(rows.shape[1], device=keep.device) % self.token_stride == 0)
+            stride = self.token_stride or max(1, rows.shape[1] // self.gram_positions)
+            keep = keep & (torch.arange(rows.shape[1], device=keep.device) % stride == 0)
         for name, chosen in (("gram", keep & ~judges), ("held", keep & judges)):
             self._add_moments(name, rows[chosen])
 

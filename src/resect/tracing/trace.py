@@ -184,7 +184,7 @@ def trace(
     grams: bool = True,
     gradients: bool = False,
     classes: int | None = None,
-    token_stride: int = 32,
+    token_stride: int | None = None,
     gram_positions: int = 64,
     states: int = 0,
     quiet: bool = True,
@@ -193,7 +193,8 @@ def trace(
 
     data: iterable of batches; unlabelled data count as one class. classes: number of classes (default: the width of the
     network's output for labelled data). grams: also sum the second moments of every reader's inputs, for repair and
-    `reconstruction`; every `token_stride`-th token and up to `gram_positions` positions of a convolution. gradients: also sum
+    `reconstruction`; every `token_stride`-th token (default: about `gram_positions` of a sequence)
+    and up to `gram_positions` positions of a convolution. gradients: also sum
     |value x gradient| of the cross-entropy, for `taylor`; needs labels. states: also keep so many rows of hidden states per
     group (examples, positions or tokens), for `spectral`: rows x units x 8 bytes.
 

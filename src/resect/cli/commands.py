@@ -210,8 +210,8 @@ def main() -> NoReturn:
 
 
 @contextmanager
-def _exit_codes(trials: Path | None = None) -> Iterator[None]:
-    """Errors of the user's making are one line and exit code 2; an interruption is 130 and keeps the trials that ended."""
+def _exit_codes(trials: Path | None = None, rounds: Path | None = None) -> Iterator[None]:
+    """Errors of the user's making are one line and exit code 2; an interruption is 130 and keeps what ended."""
     try:
         yield
     except ResectError as error:
@@ -220,6 +220,8 @@ def _exit_codes(trials: Path | None = None) -> Iterator[None]:
         raise typer.Exit(BAD_INPUT) from None
     except KeyboardInterrupt:
         kept = "" if _drop_if_empty(trials) else f"; the trials that ended are in {trials}"
+        if rounds is not None and rounds.exists():
+            kept = f"; what ended is in {rounds}, and the same command goes on from there"
         typer.echo(f"resect: interrupted, nothing half-written is left{kept}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
@@ -276,7 +278,6 @@ def _cut(source: Source, splits: Splits, run: Run, *, dense_out: Path | None = N
     from resect.exporting import check_writable, save
     from resect.pipeline import prune as prune_network
     from resect.plan import Plan
-    from resect.reporting import report_files
 
     check_writable(run.out)
     found = prune_network(
@@ -290,13 +291,31 @@ def _cut(source: Source, splits: Splits, run: Run, *, dense_out: Path | None = N
         quiet=run.quiet or run.json,
         **run.search,
     )
-    report = _report(source, splits, run, found)
-    files = {**report_files(report), "trials.jsonl": run.trials.read_text(encoding="utf-8")}
-    origin: dict[str, Any] = {"architecture": source.architecture, "arguments": source.arguments, "seed": run.seed}
-    save(found.model, found.plan, run.out, found=found, data=report.fingerprints, files=files, **origin)
+    report = _written(source, splits, run, found, {"trials.jsonl": run.trials.read_text(encoding="utf-8")})
     run.trials.unlink()
     if dense_out is not None:
+        origin: dict[str, Any] = {"architecture": source.architecture, "arguments": source.arguments, "seed": run.seed}
         save(source.model, Plan.all(found.plan.anatomy), dense_out, data=report.fingerprints, **origin)
+    return report
+
+
+def _written(source: Source, splits: Splits, run: Run, found: Found, files: Mapping[str, str]) -> Report:
+    """Measure on test, and write the network, its report and further files."""
+    from resect.exporting import save
+    from resect.reporting import report_files
+
+    report = _report(source, splits, run, found)
+    save(
+        found.model,
+        found.plan,
+        run.out,
+        found=found,
+        data=report.fingerprints,
+        files={**report_files(report), **files},
+        architecture=source.architecture,
+        arguments=source.arguments,
+        seed=run.seed,
+    )
     return report
 
 
