@@ -91,7 +91,7 @@ def shrink(
 def _budget(limits: dict[str, float | None]) -> Budget:
     from resect.searching import Budget
 
-    named = {name: value for name, value in limits.items() if value is not None}
+    named: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     if not named:
         raise GoalError("say how small it is to become: --parameters 0.5, --macs 0.5 or --latency-ms 4.")
     return Budget(**named)

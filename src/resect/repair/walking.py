@@ -80,20 +80,29 @@ class Pair:
         return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
-def again(tape: Sequence[Call], known: Mapping[int, Tensor] | None = None) -> Tensor:
-    """The output of the last call, with all calls made again on what the weights are now.
+def remade(tape: Sequence[Call], known: Mapping[int, Tensor] | None = None) -> list[Call]:
+    """All calls made again, on what the weights are now and on what the calls before made.
 
     known: new values, by the identity of the outputs they stand for; the calls that made those are not made again.
     """
     known = known or {}
     made: dict[int, Tensor] = dict(known)
+    calls = []
     for call in tape:
-        if id(call.output) in known:
-            continue
         args = tuple(made.get(id(a), a) if isinstance(a, Tensor) else a for a in call.args)
         kwargs = {k: made.get(id(a), a) if isinstance(a, Tensor) else a for k, a in call.kwargs.items()}
-        made[id(call.output)] = call.func(*args, **kwargs)
-    return made[id(tape[-1].output)]
+        output = known[id(call.output)] if id(call.output) in known else call.func(*args, **kwargs)
+        made[id(call.output)] = output
+        reading = call.reading
+        if reading is not None:
+            reading = replace(reading, inputs=made.get(id(reading.inputs), reading.inputs), output=output)
+        calls.append(Call(func=call.func, args=args, kwargs=kwargs, output=output, reading=reading))
+    return calls
+
+
+def again(tape: Sequence[Call], known: Mapping[int, Tensor] | None = None) -> Tensor:
+    """The output of the last call, with all calls made again (see `remade`)."""
+    return remade(tape, known)[-1].output
 
 
 class _Halting(Watch):
@@ -161,8 +170,8 @@ class _Halting(Watch):
         assert self.halt is not None
         self.walker.arrive(replace(self.halt, tape=tuple(self.tape)))
         if self.walker.changed:
-            output = again(self.tape)
-            self.tape[-1] = replace(self.tape[-1], output=output)
+            self.tape = remade(self.tape)
+            output = self.tape[-1].output
         return output
 
 
