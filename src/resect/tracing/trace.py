@@ -194,8 +194,9 @@ def trace(
     data: iterable of batches; unlabelled data count as one class. classes: number of classes (default: the width of the
     network's output for labelled data). grams: also sum the second moments of every reader's inputs, for repair and
     `reconstruction`; every `token_stride`-th token (default: about `gram_positions` of a sequence) and up to `gram_positions`
-    positions of a convolution. gradients: also sum |value x gradient| of the cross-entropy, for `taylor`; needs labels. states: also keep so many rows of hidden states per
-    group (examples, positions or tokens), for `spectral`: rows x units x 8 bytes.
+    positions of a convolution. gradients: also sum |value x gradient| of the cross-entropy, for `taylor`; needs labels.
+    states: also keep so many rows of hidden states per group (examples, positions or tokens), for `spectral`: rows x units x 8
+    bytes.
 
     Groups that are read by a weight which no call can be recognised by (it is computed on the way) are left alone: they are
     pins of the trace's anatomy.
