@@ -18,11 +18,12 @@ from resect.errors import (
 )
 from resect.evaluation import Evaluation, Latency, evaluate, latency
 from resect.exporting import load, load_plan, save
-from resect.pipeline import prune
+from resect.pipeline import prune, specialize
 from resect.plan import Cost, Plan
 from resect.repair import reestimate, repair, repair_sequentially
 from resect.scoring import SCORERS, Scores, score, scorer
 from resect.searching import Budget, Certificate, Floor, Found, Trial, certify, fit, search
+from resect.specializing import Panel, Specialised, Specialist, Specialists, collapse, selectivity
 from resect.surgery import cut, masked, verify
 from resect.tracing import Evidence, Trace, trace
 
@@ -30,7 +31,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SCORERS", "Anatomy", "Budget", "Certificate", "Cost", "DataError", "Evaluation", "Evidence", "FileError", "Floor", "Found",
-    "GoalError", "Group", "Latency", "ModelError", "Plan", "PlanError", "ResectError", "ScoreError", "Scores", "SurgeryError",
-    "Trace", "Trial", "certify", "cut", "dissect", "evaluate", "fit", "latency", "load", "load_plan", "masked", "prune",
-    "reestimate", "repair", "repair_sequentially", "save", "score", "scorer", "search", "testing", "trace", "verify",
+    "GoalError", "Group", "Latency", "ModelError", "Panel", "Plan", "PlanError", "ResectError", "ScoreError", "Scores",
+    "Specialised", "Specialist", "Specialists", "SurgeryError", "Trace", "Trial", "certify", "collapse", "cut", "dissect",
+    "evaluate", "fit", "latency", "load", "load_plan", "masked", "prune", "reestimate", "repair", "repair_sequentially", "save",
+    "score", "scorer", "search", "selectivity", "specialize", "testing", "trace", "verify",
 ]  # fmt: skip
