@@ -17,7 +17,7 @@ from resect.errors import (
     SurgeryError,
 )
 from resect.evaluation import Evaluation, Latency, evaluate, latency
-from resect.exporting import load, load_plan, save
+from resect.exporting import load, load_panel, load_plan, save, save_panel
 from resect.pipeline import prune, specialize
 from resect.plan import Cost, Plan
 from resect.repair import reestimate, repair, repair_sequentially
@@ -30,9 +30,10 @@ from resect.tracing import Evidence, Trace, trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "SCORERS", "Anatomy", "Budget", "Certificate", "Cost", "DataError", "Evaluation", "Evidence", "FileError", "Floor", "Found",
-    "GoalError", "Group", "Latency", "ModelError", "Panel", "Plan", "PlanError", "ResectError", "ScoreError", "Scores",
-    "Specialised", "Specialist", "Specialists", "SurgeryError", "Trace", "Trial", "certify", "collapse", "cut", "dissect",
-    "evaluate", "fit", "latency", "load", "load_plan", "masked", "prune", "reestimate", "repair", "repair_sequentially", "save",
-    "score", "scorer", "search", "selectivity", "specialize", "testing", "trace", "verify",
+    "SCORERS", "Anatomy", "Budget", "Certificate", "Cost", "DataError", "Evaluation", "Evidence", "FileError", "Floor",
+    "Found", "GoalError", "Group", "Latency", "ModelError", "Panel", "Plan", "PlanError", "ResectError", "ScoreError",
+    "Scores", "Specialised", "Specialist", "Specialists", "SurgeryError", "Trace", "Trial", "certify", "collapse", "cut",
+    "dissect", "evaluate", "fit", "latency", "load", "load_panel", "load_plan", "masked", "prune", "reestimate", "repair",
+    "repair_sequentially", "save", "save_panel", "score", "scorer", "search", "selectivity", "specialize", "testing", "trace",
+    "verify",
 ]  # fmt: skip

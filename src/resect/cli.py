@@ -364,3 +364,7 @@ def _as_json(value: Any) -> str:
     return json.dumps(
         value, indent=2, default=lambda item: item.tolist() if isinstance(item, np.generic | np.ndarray) else str(item)
     )
+
+
+# Verbs that have a file of their own register themselves with the app above.
+from resect import cli_specialize  # noqa: E402, F401

@@ -20,6 +20,7 @@ from resect.scoring import Scorer, score
 from resect.searching import Budget, Floor, Found, Trial, fit, search
 from resect.searching.search import Allocation, Minimise
 from resect.specializing import Specialised, Specialists, specialists
+from resect.specializing.judging import check_classifier
 from resect.specializing.question import Other
 from resect.specializing.specialists import SpecialistMethod
 from resect.tracing import Trace, trace
@@ -185,7 +186,9 @@ def specialize(
     check_ready(model)
     data, judged = list(calib), list(val)
     parts = (judged, list(certify)) if certify is not None else divide(judged, (0.5, 0.5), seed=seed)
-    anatomy = dissect(model, example_of(data), ignore=tuple(ignore), only=tuple(only))
+    example = example_of(data)
+    check_classifier(model, data[0])
+    anatomy = dissect(model, example, ignore=tuple(ignore), only=tuple(only))
     anatomy = anatomy.without([g.name for g in anatomy.groups if g.kind == "stream"], "residual stream behind a layer norm")
     start = time.monotonic()
     seen = trace(model, data, anatomy, quiet=quiet)

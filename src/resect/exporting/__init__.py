@@ -13,13 +13,16 @@ function that makes the architecture, and runs one that a file names only where 
 
 from resect.exporting.loading import load, load_plan, make_dense, make_example
 from resect.exporting.naming import named_function, nearest
+from resect.exporting.panels import check_panel_writable, load_panel, save_panel
 from resect.exporting.plan_file import is_saved, read_plan
 from resect.exporting.saving import check_writable, save
 
 __all__ = [
+    "check_panel_writable",
     "check_writable",
     "is_saved",
     "load",
+    "load_panel",
     "load_plan",
     "make_dense",
     "make_example",
@@ -27,4 +30,5 @@ __all__ = [
     "nearest",
     "read_plan",
     "save",
+    "save_panel",
 ]

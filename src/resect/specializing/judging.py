@@ -103,6 +103,11 @@ def _evaluation(right: np.ndarray, own: np.ndarray) -> Evaluation:
     return Evaluation(correct=right, labels=labels, predictions=np.where(right, labels, 1 - labels))
 
 
+def check_classifier(model: nn.Module, batch: Any) -> None:
+    """Raise what `Seen.of` raises, from the first batch of the calibrate data alone."""
+    Seen.of(model, [batch], "calibrate")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answers:
     """What a specialist says on a split before a threshold is applied.
@@ -175,6 +180,13 @@ class Rates:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def rates_of(specialist: Specialist, seen: Seen) -> tuple[Rates, Rates]:
+    """Rates of the dense network and of a specialist on the specialist's question."""
+    question, answers = specialist.question, Answers.of(specialist, seen)
+    dense = Rates.of(seen.dense(question), seen.score(question) if question.rejects else None)
+    return dense, Rates.of(answers.judged(float(specialist.threshold)), answers.margin)
 
 
 def auroc(margin: np.ndarray, own: np.ndarray) -> float:

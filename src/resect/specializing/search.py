@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from resect.scoring import Scores, score
 from resect.searching import Certificate, Floor, Trial, certify
 from resect.searching.allocation import Curves, Knapsack, measure
 from resect.searching.certificate import FEW_PER_CLASS
-from resect.searching.evidence import LARGEST_BET
+from resect.searching.evidence import needed_for_drop
 from resect.searching.finishing import finish
 from resect.searching.ladder import chances, climb
 from resect.specializing.aiming import Headed, aim, in_one_currency, linear_readers, slopes, specialised
@@ -355,6 +354,15 @@ def few_examples(question: Question, counts: np.ndarray, floor: Floor) -> tuple[
     if floor.accuracy is not None:
         reach = f"a recall of {100 * floor.delta ** (1 / total):.2f} % even if every one is answered rightly"
     else:
-        edge = math.expm1(math.log(1 / floor.delta) / total) / LARGEST_BET
-        reach = f"a drop of {100 * edge / (1 + edge):.2f} points even if not one more is lost"
+        reach = f"a drop of {100 * least_drop(total, floor.delta):.2f} points even if not one more is lost"
     return (f"The certify data hold only {which} (fewer than {FEW_PER_CLASS}): at best they can show {reach}.",)
+
+
+def least_drop(examples: int, delta: float) -> float:
+    """The smallest drop that so many examples can certify where both networks are right on all of them."""
+    low, high = 0.0, 1.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        needed = needed_for_drop(0.0, 0.0, middle, delta)
+        low, high = (low, middle) if needed is not None and needed <= examples else (middle, high)
+    return high
