@@ -70,6 +70,15 @@ def test_a_specialist_is_smaller_certified_and_keeps_its_promise_on_test(cow) ->
     assert sum(p.numel() for p in cow.model.parameters()) == cow.cost.parameters
 
 
+def test_false_positives_beside_the_dense_networks() -> None:
+    found = resect.specialize(
+        MODEL, CALIB, SEARCH, certify=CERTIFY, classes=[2], **{**EASY, "false_positives": Floor(drop=0.02)}
+    )
+    assert "false-positive rate at most 2 points above the dense network" in found.certificate.promise
+    assert found.certified
+    assert found.certify.false_positive_rate <= found.dense_certify.false_positive_rate + 0.02
+
+
 def test_predict_is_the_score_at_the_threshold(cow) -> None:
     x = TEST[0][0]
     with torch.no_grad():
@@ -339,7 +348,7 @@ def test_an_output_that_is_not_a_linear_layers_own() -> None:
 
 def test_a_panel_of_the_wrong_members(every) -> None:
     several = Specialist(MODEL, Question(own=(0, 1), classes=4))
-    with pytest.raises(ModelError, match="ant-bee|0-1"):
+    with pytest.raises(ModelError, match=r"and 0-1 has several"):
         Panel([several])
     with pytest.raises(ModelError, match="same class"):
         Panel([every[0].model, every[0].model])

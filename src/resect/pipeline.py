@@ -107,7 +107,7 @@ def specialize(
     classes: Sequence[int | str],
     each_class: Literal[False] = False,
     floor: Floor = ...,
-    false_positives: float | None = None,
+    false_positives: float | Floor | None = None,
     other: Other = "none",
     names: Sequence[str] = (),
     certify: Iterable[Any] | None = None,
@@ -130,7 +130,7 @@ def specialize(
     classes: None = None,
     each_class: Literal[True],
     floor: Floor = ...,
-    false_positives: float | None = None,
+    false_positives: float | Floor | None = None,
     other: Other = "none",
     names: Sequence[str] = (),
     certify: Iterable[Any] | None = None,
@@ -152,7 +152,7 @@ def specialize(
     classes: Sequence[int | str] | None = None,
     each_class: bool = False,
     floor: Floor = DEFAULT_FLOOR,
-    false_positives: float | None = None,
+    false_positives: float | Floor | None = None,
     other: Other = "none",
     names: Sequence[str] = (),
     certify: Iterable[Any] | None = None,
@@ -171,7 +171,8 @@ def specialize(
     classes: indices or `names`; one class gives a specialist that says yes or no, several one that tells them apart.
     each_class: one specialist of one class for every class, on one trace. floor: on recall (several classes: on the accuracy
     among them), at most one point below the dense network by default. false_positives: cap on the share of other examples
-    accepted, where the specialist rejects; by default half a point above the dense network's, and at least 1 %. other:
+    accepted, where the specialist rejects, or Floor(drop=0.005) for half a point above the dense network's; by default that,
+    and at least 1 %. other:
     "reject" gives a specialist of several classes a background score, so that it can refuse strangers; its false-accept rate is
     certified too.
 

@@ -16,6 +16,12 @@ from resect.specializing.question import Question
 from resect.specializing.specialist import Panel, Specialist
 
 
+def removed_by(plan: Plan, output: str) -> float:
+    """Share of the units that a plan removes, in [0, 1], without the group of output rows."""
+    masks = [mask for name, mask in plan.keep.items() if name != output]
+    return 1 - sum(int(mask.sum()) for mask in masks) / max(sum(len(mask) for mask in masks), 1)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Specialised:
     """One specialist, and what was promised and measured of it.
@@ -30,8 +36,9 @@ class Specialised:
     question: Question
     model: Specialist
     plan: Plan
+    searched: tuple[Specialist, Plan]
     goal: Floor
-    false_positives: float | None
+    false_positives: Floor | None
     certificate: Certificate
     search: Rates
     dense_search: Rates
@@ -60,8 +67,7 @@ class Specialised:
     @property
     def removed(self) -> float:
         """Share of all hidden units that are gone, in [0, 1]."""
-        units = sum(group.units for group in self.plan.anatomy.groups if group.name != self.output)
-        return 1 - sum(self.kept.values()) / max(units, 1)
+        return removed_by(self.plan, self.output)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the network, as JSON-able values."""
@@ -70,7 +76,7 @@ class Specialised:
             "other": self.question.other,
             "threshold": float(self.model.threshold),
             "goal": self.goal.to_dict(),
-            "false_positives": self.false_positives,
+            "false_positives": None if self.false_positives is None else self.false_positives.to_dict(),
             "certified": self.certified,
             "certificate": self.certificate.to_dict(),
             "removed": self.removed,

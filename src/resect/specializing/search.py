@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -21,6 +22,7 @@ from resect.searching.certificate import FEW_PER_CLASS
 from resect.searching.evidence import needed_for_drop
 from resect.searching.finishing import finish
 from resect.searching.ladder import chances, climb
+from resect.searching.sensitivity import first_examples
 from resect.specializing.aiming import Headed, aim, in_one_currency, linear_readers, slopes, specialised
 from resect.specializing.judging import OTHERS, OWN, Answers, Chosen, Rates, Seen, choose_threshold
 from resect.specializing.question import Question
@@ -32,12 +34,14 @@ from resect.tracing import Trace
 
 LEAST_SHARE = 0.004
 # Sizes around the leanest trial that was ahead, prepared for the certificate's list.
-AROUND = (0.55, 0.7, 0.85, 1.0, 1.3, 1.8, 3.0)
+AROUND = (0.62, 0.8, 1.0, 1.35, 2.0)
 RUNGS = 12
 # Other examples that a trial is shown, as a multiple of the own ones: those that the dense network is least sure to refuse.
 HARDEST = 3
-SLOPE_EXAMPLES = 1000
+SLOPE_EXAMPLES = 500
 LEVELS = 32
+# Largest final repair of one network, in multiply-adds of the dense network over all readers; and the fewest examples for it.
+LARGEST_REPAIR, LEAST_EXAMPLES = 1e11, 250
 # Networks that keep more than this share of their units lose little, and their large readers take long to re-solve.
 AIMED_BELOW = 0.5
 
@@ -93,12 +97,12 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def floors_of(question: Question, goal: Floor, false_positives: float | None, search: Seen) -> tuple[Floor, ...]:
+def floors_of(question: Question, goal: Floor, false_positives: float | Floor | None, search: Seen) -> tuple[Floor, ...]:
     """The promises as floors on own examples (label 1) and, where the question rejects, on others (label 0).
 
-    false_positives: cap on the share of others accepted; by default half a point above the dense network's share on the search
-    split, and at least 1 %. Raises GoalError for a floor on a class, a cap outside (0, 1), and promises that the dense network
-    itself does not keep on the search split.
+    false_positives: cap on the share of others accepted, or Floor(drop=...) for a cap beside the dense network's share; by
+    default half a point above its share on the search split, and at least 1 %. Raises GoalError for a floor on a class, a cap
+    outside (0, 1), and promises that the dense network itself does not keep on the search split.
     """
     if goal.label is not None:
         raise GoalError(f"a specialist's floor is on its own classes already, and was given label={goal.label}; leave it out")
@@ -110,9 +114,11 @@ def floors_of(question: Question, goal: Floor, false_positives: float | None, se
             f"split; write a floor of at most {own:.2%}, or Floor(drop=0.01)"
         )
     floors = [replace(goal, label=OWN)]
-    if question.rejects:
+    if question.rejects and isinstance(false_positives, Floor):
+        floors.append(replace(false_positives, label=OTHERS, delta=goal.delta))
+    elif question.rejects:
         rate = 1 - dense.per_class[OTHERS]
-        cap = max(rate + 0.005, 0.01) if false_positives is None else false_positives
+        cap = false_positives if isinstance(false_positives, float) else max(rate + 0.005, 0.01)
         if not 0 < cap < 1:
             raise GoalError(f"false_positives={cap} is not a share in (0, 1); write false_positives=0.01 for 1 %")
         floors.append(Floor(accuracy=1 - cap, label=OTHERS, delta=goal.delta))
@@ -162,8 +168,15 @@ class _One:
         self.certify = int(shared.counts[list(question.own)].sum()), int(shared.counts[list(question.others)].sum())
         self.hard = shared.search.take(self._hardest(own))
         self.refused = int((~own).sum() - (~self.hard.own(question)).sum()) if question.rejects else 0
+        self.few = self._affordable()
         self.trials: list[Trial] = []
         self.families: dict[int, Callable[[float], Plan]] = {}
+
+    def _affordable(self) -> list[Any]:
+        """As many calibrate batches as the final repair can go through, reader by reader."""
+        shared = self.shared
+        each = max(Plan.all(self.headed.whole).cost().macs * len(shared.trace.readers), 1.0)
+        return first_examples(shared.calib.batches, max(int(LARGEST_REPAIR / each), LEAST_EXAMPLES))
 
     def _hardest(self, own: np.ndarray) -> np.ndarray:
         """(examples,) own examples, and the others that come closest to being taken for one."""
@@ -177,11 +190,9 @@ class _One:
     def scores(self, network: nn.Module) -> Scores:
         """Units scored for this specialist; `network` is the dense one with its head, or a repaired one with removed units
         that are read by zeros."""
-        shared, batches, count = self.shared, [], 0
-        for item, size in zip(shared.calib.batches, shared.calib.sizes):
-            if count < SLOPE_EXAMPLES:
-                batches.append(item)
-                count += size
+        shared = self.shared
+        batches = first_examples(shared.calib.batches, SLOPE_EXAMPLES)
+        count = sum(shared.calib.sizes[: len(batches)])
         slope = slopes(self.headed.specialist(network), shared.trace.readers, batches, self.target.take(0, count))
         trace = specialised(shared.trace, self.headed, shared.x, self.target, slope)
         return score(trace, shared.scorer, classes=self.question.own, seed=shared.seed)
@@ -257,7 +268,7 @@ class _One:
 
     def _finish(self, scores: Scores, plan: Plan) -> Candidate:
         shared = self.shared
-        small, _ = finish(self.headed.network, scores, plan, list(shared.calib.batches), "least_squares")
+        small, _ = finish(self.headed.network, scores, plan, self.few, "least_squares")
         model = self.headed.specialist(small)
         if plan.share < AIMED_BELOW:
             model = aim(model, self.readers, shared.calib.batches, self.target, sweeps=shared.sweeps)
@@ -299,16 +310,18 @@ def certified(shared: Shared, prepared: Prepared, goal: Floor, opened: Seen) -> 
     found = certify(prepared.floors, dense, judged, seed=shared.seed)
     place = found.delivered or 0
     chosen = prepared.frozen[place]
-    cap = None if len(prepared.floors) < 2 else 1 - (prepared.floors[1].accuracy or 0.0)
+    ahead = [candidate for candidate in prepared.frozen if candidate.chosen.ahead >= 0]
+    leanest = min(ahead or prepared.frozen[:1], key=lambda candidate: candidate.cost)
     dense_search = shared.search.dense(question)
     notes = (*prepared.notes, *(() if found.passed else ("The promise is not certified; this is the safest network tried.",)))
     return Specialised(
         question=question,
         model=chosen.model,
         plan=chosen.plan,
+        searched=(leanest.model, leanest.plan),
         goal=goal,
-        false_positives=cap,
-        certificate=in_words(found, question, goal, cap, few_examples(question, shared.counts, goal)),
+        false_positives=prepared.floors[1] if question.rejects else None,
+        certificate=in_words(found, question, prepared.floors, few_examples(question, shared.counts, goal)),
         search=Rates.of(chosen.answers.judged(float(chosen.model.threshold)), chosen.answers.margin),
         dense_search=Rates.of(dense_search, _dense_margin(shared.search, question)),
         certify=Rates.of(judged[place], answers[place].margin),
@@ -329,19 +342,24 @@ def _dense_margin(seen: Seen, question: Question) -> np.ndarray | None:
     return seen.score(question) if question.rejects else None
 
 
-def in_words(certificate: Certificate, question: Question, goal: Floor, cap: float | None, few: tuple[str, ...]) -> Certificate:
+def in_words(certificate: Certificate, question: Question, floors: tuple[Floor, ...], few: tuple[str, ...]) -> Certificate:
     """The certificate with its promise in the words of a specialist; `few`: what is to be said of small classes."""
     what = "recall" if question.one else "accuracy among them"
-    words = f"{question.name}: {what} {str(goal).removeprefix('accuracy ')}"
-    if cap is not None:
-        kind = "false-positive rate" if question.one else "false-accept rate"
-        words += f" and {kind} at most {100 * cap:.4g} %"
+    words = f"{question.name}: {what} {str(replace(floors[0], label=None)).removeprefix('accuracy ')}"
+    if question.rejects:
+        words += f" and {'false-positive' if question.one else 'false-accept'} rate {_cap_in_words(floors[1])}"
     sure = f"({100 * (1 - certificate.delta):.4g} % sure)"
     general = tuple(text for text in certificate.advice if not text.startswith("class "))
     certificate = replace(certificate, advice=(*few, *general))
     if certificate.passed:
         return replace(certificate, promise=f"Certified: {words} {sure}.")
     return replace(certificate, promise=f"Not certified: no network on the list could be shown to keep '{words}' {sure}.")
+
+
+def _cap_in_words(floor: Floor) -> str:
+    if floor.accuracy is not None:
+        return f"at most {100 * (1 - floor.accuracy):.4g} %"
+    return str(replace(floor, label=None)).replace("below", "above")
 
 
 def few_examples(question: Question, counts: np.ndarray, floor: Floor) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def specialists(
     names: Sequence[str] = (),
     other: Other = "none",
     floor: Floor,
-    false_positives: float | None = None,
+    false_positives: float | Floor | None = None,
     method: SpecialistMethod = "repair",
     scorer: str = "reconstruction",
     minimise: str = "macs",
