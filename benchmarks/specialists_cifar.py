@@ -4,11 +4,11 @@
     python benchmarks/specialists_cifar.py --quick         # one class and one subset on few images; nothing is written
 
 Weights from $RESECT_WEIGHTS, trained elsewhere on all 50,000 training images; so the calibrate images are drawn from these, and
-the 10,000 test images are split by the seed into 3,000 to search, 3,000 to certify and 4,000 opened at the end. The
-promise for one class: recall at most 3 points below the dense network and false-positive rate at most 1 point above it (300
-certify images of a class can show no drop below 1.3 points). For a subset: accuracy among its classes at most 2 points below the
-dense network told to choose among them; with rejection, the false-accept rate at most 2 points above the dense network's too.
-Nothing is trained.
+the 10,000 test images are split by the seed: 3,000 to search, 3,000 to certify, and 4,000 that are opened at the end. The
+promise for one class: recall at most 3 points below the dense network and false-positive rate at most 1 point above it (with
+300 certify images of a class no drop below 1.3 points can be shown). For a subset: accuracy among its classes at most 2 points
+below the dense network told to choose among them; with rejection, the false-accept rate at most 2 points above the dense
+network's too. Nothing is trained.
 """
 
 from __future__ import annotations

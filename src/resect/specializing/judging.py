@@ -127,8 +127,8 @@ class Answers:
         question, margin, place = specialist.question, [], []
         for item in seen.batches:
             with torch.inference_mode():
-                above, best = specialist.accept(forward(specialist, unpack(item)).double())
-            margin.append(above.cpu().numpy())
+                above, best = specialist.accept(forward(specialist, unpack(item)))
+            margin.append(above.double().cpu().numpy())
             place.append(best.cpu().numpy())
         own, label = seen.own(question), np.asarray(question.own)[np.concatenate(place)]
         told = (label == seen.labels) if not question.one else np.ones(seen.examples, dtype=bool)

@@ -34,14 +34,14 @@ from resect.tracing import Trace
 
 LEAST_SHARE = 0.004
 # Sizes around the leanest trial that was ahead, prepared for the certificate's list.
-AROUND = (0.62, 0.8, 1.0, 1.35, 2.0)
+AROUND = (0.62, 0.8, 1.0, 1.5, 2.4, 4.0)
 RUNGS = 12
 # Other examples that a trial is shown, as a multiple of the own ones: those that the dense network is least sure to refuse.
 HARDEST = 3
 SLOPE_EXAMPLES = 500
 LEVELS = 32
 # Largest final repair of one network, in multiply-adds of the dense network over all readers; and the fewest examples for it.
-LARGEST_REPAIR, LEAST_EXAMPLES = 1e11, 250
+LARGEST_REPAIR, LEAST_EXAMPLES = 3e10, 100
 # Networks that keep more than this share of their units lose little, and their large readers take long to re-solve.
 AIMED_BELOW = 0.5
 
