@@ -132,7 +132,7 @@ def prepare(
     start = time.monotonic()
     one = _One(shared, question, floors, on_trial)
     scores = one.scores(one.headed.network)
-    best = one.bisect(scores, LEAST_SHARE, 1.0, max(shared.evaluations // 2, 1))
+    best = one.bisect(scores, LEAST_SHARE, 1.0, -(-shared.evaluations // 2))
     if best is not None:
         # Once it is known which units of later groups stay, earlier ones are weighed by what those read of them.
         again = one.scores(one.repaired(scores, best))
@@ -141,7 +141,7 @@ def prepare(
         if again_best is not None and one.measure(again_best.kept) <= one.measure(best.kept):
             scores, best = again, again_best
     notes = () if best is not None else ("No trial kept the promises on the search split; the list holds the safest tried.",)
-    frozen = one.freeze(one.finished(scores, best))
+    frozen = freeze(one.finished(scores, best))
     return Prepared(
         question=question,
         floors=floors,
@@ -207,9 +207,9 @@ class _One:
         return self.families[id(scores)]
 
     def bisect(self, scores: Scores, low: float, high: float, evaluations: int) -> Plan | None:
-        """Halve an interval of sizes on a logarithmic scale; the leanest plan that was ahead of its promises."""
+        """Halve an interval of sizes on a logarithmic scale; the leanest plan that was ahead of its promises, if any was."""
         make, best, judged = self.family(scores), None, set[str]()
-        for _ in range(max(evaluations, 1)):
+        for _ in range(evaluations):
             middle = float(np.sqrt(low * high))
             plan = make(middle)
             if plan.digest in judged:
@@ -222,12 +222,13 @@ class _One:
         return best
 
     def trial(self, scores: Scores, plan: Plan) -> bool:
+        """Whether a plan, repaired from the trace alone, is ahead of its promises on the own and the hardest other examples."""
         start = time.monotonic()
         small = cut(self.headed.network, plan, weights=repair(scores.trace, plan).weights, verify=False)
         answers = Answers.of(self.headed.specialist(small), self.hard)
-        chosen = choose_threshold(answers, self._dense(self.hard), self.floors, self.certify, refused=self.refused)
+        chosen = choose_threshold(answers, self.hard.dense(self.question), self.floors, self.certify, refused=self.refused)
         judged = answers.judged(chosen.threshold)
-        cost = self.headed.plan(plan).cost()
+        cost, dense = self.headed.plan(plan).cost(), max(Plan.all(self.headed.whole).cost().macs, 1.0)
         trial = Trial(
             number=len(self.trials),
             allocation="knapsack",
@@ -237,10 +238,7 @@ class _One:
             above=chosen.ahead >= 0,
             examples=judged.examples,
             stopped=False,
-            passes=cost.macs
-            / max(Plan.all(self.headed.whole).cost().macs, 1.0)
-            * judged.examples
-            / self.shared.search.examples,
+            passes=cost.macs / dense * judged.examples / self.shared.search.examples,
             seconds=time.monotonic() - start,
             digest=plan.digest,
         )
@@ -248,9 +246,6 @@ class _One:
         if self.on_trial is not None:
             self.on_trial(trial)
         return trial.above
-
-    def _dense(self, seen: Seen) -> Evaluation:
-        return seen.dense(self.question)
 
     def repaired(self, scores: Scores, plan: Plan) -> nn.Module:
         """The headed network at full size, repaired as if units were gone: they are read by zeros."""
@@ -273,7 +268,7 @@ class _One:
         if plan.share < AIMED_BELOW:
             model = aim(model, self.readers, shared.calib.batches, self.target, sweeps=shared.sweeps)
         answers = Answers.of(model, shared.search)
-        chosen = choose_threshold(answers, self._dense(shared.search), self.floors, self.certify)
+        chosen = choose_threshold(answers, shared.search.dense(self.question), self.floors, self.certify)
         model.threshold.fill_(chosen.threshold)
         return Candidate(
             plan=self.headed.plan(plan),
@@ -283,10 +278,6 @@ class _One:
             cost=self.measure(plan.kept),
             digest=state_digest(model),
         )
-
-    def freeze(self, candidates: list[Candidate]) -> tuple[Candidate, ...]:
-        """The list for the certificate: strictly decreasing cost, safest first."""
-        return freeze(candidates)
 
 
 def freeze(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
