@@ -12,7 +12,6 @@ from torch import nn
 
 from resect.anatomy import Anatomy
 from resect.errors import GoalError
-from resect.evaluation import Evaluation
 from resect.plan import Plan
 from resect.repair import repair
 from resect.scoring import Scores, score
