@@ -11,7 +11,7 @@ and false-positive rate at most half a point above it. Two networks are shown fo
 - certified: what `resect.specialize` delivers, 95 % sure.
 
 `original` is the first program's method (peak above a threshold that rises in steps, no repair, one-vs-rest accuracy), with its
-accuracy measured on the search split. The comparisons are made for class 3 with the widths of its network by search: `distilled`
+accuracy measured on the search split. Class 3 is compared, with the widths of its network by search: `distilled`
 is trained from scratch on the dense network's own score (Adam, 10 epochs), `pruned` is cut for all ten classes by the library's
 general elimination and repair at the same share of units; both get their threshold like a specialist.
 """
