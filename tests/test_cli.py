@@ -282,3 +282,65 @@ def test_a_budget_in_place_of_a_promise(tmp_path: Path) -> None:
     assert any("batch 4" in note for note in json.loads(result.stdout)["notes"])
     result = CliRunner().invoke(app, [*arguments, "--macs", "0.5", "--floor", "0.9"])
     assert result.exit_code == 2
+
+
+def specialize(*arguments, data="my_cli_module:examples", which=("--classes", "1"), floor=("--drop", 0.1)):
+    promise = (*floor, "--false-positives", 0.1)
+    return run("specialize", "my_cli_module:trained", "--data", data, *which, *promise, "--evaluations", 4, *arguments)
+
+
+def test_one_specialist_is_a_saved_network_like_any_other(here):
+    result = specialize("--out", "one")
+    assert result.exit_code == 0, result.output
+    assert "Certified: 1: recall at most 10 points below the dense network" in result.stdout
+    files = {"model.safetensors", "plan.json", "result.json", "report.html"}
+    assert {path.name for path in (here / "one").iterdir()} == files
+    network, inputs = load("one", "my_cli_module:trained"), torch.as_tensor(named_function("my_cli_module:examples")()[0])
+    assert network.predict(inputs).dtype == torch.bool
+    assert read_plan("one")["specialist"]["own"] == [1]
+    code = ("--architecture", "my_cli_module:trained")
+    assert run("bench", "one", "--rounds", 2, "--batches", "1", *code).exit_code == 0
+    record = json.loads((here / "one" / "result.json").read_text())
+    assert record["certified"] is True
+    assert record["test"]["1"]["small"]["recall"] > 0.8
+    assert specialize("--out", "one").exit_code == 0
+
+
+def test_a_specialist_for_each_class(here):
+    result = specialize("--out", "panel", "--json", which=("--each-class",))
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record == json.loads((here / "panel" / "result.json").read_text())
+    assert len(record["specialists"]) == 3
+    assert record["panel"]["specialists"] > record["panel"]["dense"] - 0.1
+    assert {path.name for path in (here / "panel").iterdir()} == {"0", "1", "2", "panel.json", "result.json", "report.html"}
+    assert "What the classes share" in (here / "panel" / "report.html").read_text()
+    assert load("panel/2", "my_cli_module:trained").question.own == (2,)
+    assert specialize("--out", "panel", "--quiet", which=("--each-class",)).stdout.count("Certified: ") == 3
+
+
+def test_a_specialist_that_is_not_certified_is_exit_code_3(here):
+    result = specialize("--out", "one", data="my_cli_module:few", floor=("--drop", 0.001))
+    assert result.exit_code == 3, result.output
+    assert "not certified: 1;" in result.stderr
+    assert (here / "one" / "plan.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"which": ()}, "say which classes: --each-class"),
+        ({"which": ("--each-class", "--classes", "1")}, "say which classes: --each-class"),
+        ({"which": ("--classes", "7")}, "there is no class 7"),
+        ({"which": ("--classes", "one")}, "write indices from 0 to 2"),
+        ({"which": ("--classes", "0,1,2")}, "are all 3 classes"),
+        ({"which": ("--classes", "0,1", "--other", "maybe")}, "other='maybe'"),
+        ({"which": ("--classes", "1", "--method", "magic")}, "method='magic'"),
+        ({"which": ("--classes", "1", "--out", "my_cli_module.py")}, "is a file"),
+        ({"which": ("--each-class", "--out", "my_cli_module.py")}, "is a file"),
+        ({"which": ("--each-class", "--out", ".")}, "the working directory"),
+    ],
+)
+def test_bad_input_of_specialists_is_one_clear_line(here, arguments, expected):
+    assert expected in message(specialize(**arguments))
+    assert {path.name for path in here.iterdir()} - {"__pycache__"} == {"my_cli_module.py"}

@@ -17,23 +17,25 @@ from resect.errors import (
     SurgeryError,
 )
 from resect.evaluation import Evaluation, Latency, evaluate, latency
-from resect.exporting import export_onnx, load, load_plan, save
-from resect.pipeline import prune
+from resect.exporting import export_onnx, load, load_panel, load_plan, save, save_panel
+from resect.pipeline import prune, specialize
 from resect.plan import Cost, Plan
 from resect.recovery import Recovered, Recovery, recover
 from resect.repair import reestimate, repair, repair_sequentially
 from resect.scoring import SCORERS, Scores, score, scorer
 from resect.searching import Budget, Certificate, Floor, Found, Trial, certify, fit, search
 from resect.shrinking import Round, Shrunk, shrink
+from resect.specializing import Panel, Specialised, Specialist, Specialists, collapse, selectivity
 from resect.surgery import cut, masked, verify
 from resect.tracing import Evidence, Trace, trace
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "SCORERS", "Anatomy", "Budget", "Certificate", "Cost", "DataError", "Evaluation", "Evidence", "FileError", "Floor", "Found",
-    "GoalError", "Group", "Latency", "ModelError", "Plan", "PlanError", "Recovered", "Recovery", "ResectError", "Round",
-    "ScoreError", "Scores", "Shrunk", "SurgeryError", "Trace", "Trial", "certify", "cut", "dissect", "evaluate",
-    "export_onnx", "fit", "latency", "load", "load_plan", "masked", "prune", "recover", "reestimate", "repair",
-    "repair_sequentially", "save", "score", "scorer", "search", "shrink", "testing", "trace", "verify",
+    "SCORERS", "Anatomy", "Budget", "Certificate", "Cost", "DataError", "Evaluation", "Evidence", "FileError", "Floor",
+    "Found", "GoalError", "Group", "Latency", "ModelError", "Panel", "Plan", "PlanError", "Recovered", "Recovery",
+    "ResectError", "Round", "ScoreError", "Scores", "Shrunk", "Specialised", "Specialist", "Specialists", "SurgeryError",
+    "Trace", "Trial", "certify", "collapse", "cut", "dissect", "evaluate", "export_onnx", "fit", "latency", "load",
+    "load_panel", "load_plan", "masked", "prune", "recover", "reestimate", "repair", "repair_sequentially", "save",
+    "save_panel", "score", "scorer", "search", "selectivity", "shrink", "specialize", "testing", "trace", "verify",
 ]  # fmt: skip

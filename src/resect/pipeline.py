@@ -1,26 +1,33 @@
-"""prune(): the steps joined, from a trained network and data to a certified smaller one."""
+"""prune() and specialize(): the steps joined, from a trained network and data to certified smaller ones."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
 from resect.anatomy import Anatomy, dissect
-from resect.batches import select, unpack
+from resect.batches import divide, select, unpack
 from resect.errors import DataError, FileError, GoalError
 from resect.repair import Method
 from resect.scoring import Scorer, Scores, needs, score
 from resect.searching import Budget, Floor, Found, Trial, fit, search
 from resect.searching.rounding import RoundTo, check_round_to
 from resect.searching.search import Allocation, Minimise
+from resect.specializing import Specialised, Specialists, specialists
+from resect.specializing.judging import check_classifier
+from resect.specializing.question import Other
+from resect.specializing.specialists import SpecialistMethod
 from resect.tracing import Trace, trace
 from resect.tracing.trace import check_ready
+
+DEFAULT_FLOOR = Floor(drop=0.01)
 
 
 def prune(
@@ -116,6 +123,124 @@ def scored(
     wanted = {} if scorer == "auto" else needs(scorer)
     seen = trace(model, data, anatomy, **wanted, token_stride=token_stride, quiet=quiet)
     return score(seen, best_scorer(seen) if scorer == "auto" else scorer, seed=seed)
+
+
+@overload
+def specialize(
+    model: nn.Module,
+    calib: Iterable[Any],
+    val: Iterable[Any],
+    *,
+    classes: Sequence[int | str],
+    each_class: Literal[False] = False,
+    floor: Floor = ...,
+    false_positives: float | Floor | None = None,
+    other: Other = "none",
+    names: Sequence[str] = (),
+    certify: Iterable[Any] | None = None,
+    method: SpecialistMethod = "repair",
+    scorer: str = "auto",
+    minimise: Minimise = "macs",
+    evaluations: int = 16,
+    sweeps: int = 2,
+    ignore: Iterable[str] = (),
+    only: Iterable[str] = (),
+    seed: int = 0,
+    quiet: bool = True,
+) -> Specialised: ...
+@overload
+def specialize(
+    model: nn.Module,
+    calib: Iterable[Any],
+    val: Iterable[Any],
+    *,
+    classes: None = None,
+    each_class: Literal[True],
+    floor: Floor = ...,
+    false_positives: float | Floor | None = None,
+    other: Other = "none",
+    names: Sequence[str] = (),
+    certify: Iterable[Any] | None = None,
+    method: SpecialistMethod = "repair",
+    scorer: str = "auto",
+    minimise: Minimise = "macs",
+    evaluations: int = 16,
+    sweeps: int = 2,
+    ignore: Iterable[str] = (),
+    only: Iterable[str] = (),
+    seed: int = 0,
+    quiet: bool = True,
+) -> Specialists: ...
+def specialize(
+    model: nn.Module,
+    calib: Iterable[Any],
+    val: Iterable[Any],
+    *,
+    classes: Sequence[int | str] | None = None,
+    each_class: bool = False,
+    floor: Floor = DEFAULT_FLOOR,
+    false_positives: float | Floor | None = None,
+    other: Other = "none",
+    names: Sequence[str] = (),
+    certify: Iterable[Any] | None = None,
+    method: SpecialistMethod = "repair",
+    scorer: str = "auto",
+    minimise: Minimise = "macs",
+    evaluations: int = 16,
+    sweeps: int = 2,
+    ignore: Iterable[str] = (),
+    only: Iterable[str] = (),
+    seed: int = 0,
+    quiet: bool = True,
+) -> Specialised | Specialists:
+    """Cut a classifier to the smallest network that answers for one class, for some classes, or one network for each class.
+
+    classes: indices or `names`; one class gives a specialist that says yes or no, several one that tells them apart.
+    each_class: one specialist of one class for every class, on one trace. floor: on recall (several classes: on the accuracy
+    among them), at most one point below the dense network by default. false_positives: cap on the share of other examples
+    accepted, where the specialist rejects, or Floor(drop=0.005) for half a point above the dense network's; by default that,
+    and at least 1 %. other:
+    "reject" gives a specialist of several classes a background score, so that it can refuse strangers; its false-accept rate is
+    certified too.
+
+    calib, val: labelled batches, with examples of other classes too; val is split (seeded, halves) into search and certify
+    unless `certify` is given. method: "threshold" is the original program's. minimise: what is to be small. evaluations: trials
+    of the search for each specialist. sweeps: how often linear readers are re-solved towards the specialist's own answer.
+
+    A promise that cannot be certified is an outcome. Raises GoalError for classes that are unknown (naming the nearest), named
+    twice, or all of them; DataError for unlabelled data and for splits that lack an own class or all others; ModelError for a
+    network that is no classifier, or whose logits are not made by a linear layer.
+    """
+    check_ready(model)
+    data, judged = list(calib), list(val)
+    parts = (judged, list(certify)) if certify is not None else divide(judged, (0.5, 0.5), seed=seed)
+    example = example_of(data)
+    check_classifier(model, data[0])
+    anatomy = dissect(model, example, ignore=tuple(ignore), only=tuple(only))
+    anatomy = anatomy.without([g.name for g in anatomy.groups if g.kind == "stream"], "residual stream behind a layer norm")
+    start = time.monotonic()
+    seen = trace(model, data, anatomy, quiet=quiet)
+    traced = time.monotonic() - start
+    found, shared = specialists(
+        model,
+        seen,
+        data,
+        *parts,
+        classes=classes,
+        each_class=each_class,
+        names=names,
+        other=other,
+        floor=floor,
+        false_positives=false_positives,
+        method=method,
+        scorer=best_scorer(seen) if scorer == "auto" else scorer,
+        minimise=minimise,
+        evaluations=evaluations,
+        sweeps=sweeps,
+        seed=seed,
+        quiet=quiet,
+    )
+    return Specialists(all=found, shared_seconds=traced + shared) if each_class else found[0]
 
 
 def example_of(data: list[Any], examples: int = 2) -> Any:

@@ -14,14 +14,17 @@ function that makes the architecture, and runs one that a file names only where 
 from resect.exporting.loading import load, load_plan, make_dense, make_example
 from resect.exporting.naming import named_function, nearest
 from resect.exporting.onnx import export_onnx
+from resect.exporting.panels import check_panel_writable, load_panel, save_panel
 from resect.exporting.plan_file import is_saved, read_plan
 from resect.exporting.saving import check_writable, save
 
 __all__ = [
+    "check_panel_writable",
     "check_writable",
     "export_onnx",
     "is_saved",
     "load",
+    "load_panel",
     "load_plan",
     "make_dense",
     "make_example",
@@ -29,4 +32,5 @@ __all__ = [
     "nearest",
     "read_plan",
     "save",
+    "save_panel",
 ]

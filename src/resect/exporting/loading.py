@@ -20,6 +20,7 @@ from resect.exporting.naming import named_function
 from resect.exporting.plan_file import PLAN, read_plan
 from resect.exporting.saving import BUFFERS, WEIGHTS, file_checksum
 from resect.plan import Plan
+from resect.specializing.specialist import Specialist
 
 if TYPE_CHECKING:
     from resect.anatomy import Anatomy
@@ -30,7 +31,8 @@ MakeModel = Callable[[], nn.Module] | nn.Module | str
 
 
 def load(directory: str | os.PathLike[str], make_model: MakeModel | None = None, *, device: str = "cpu") -> nn.Module:
-    """The network saved in `directory`, in evaluation mode, equal to the one saved bit for bit.
+    """The network saved in `directory`, in evaluation mode, equal to the one saved bit for bit (a Specialist where that was
+    saved).
 
     make_model: a function without arguments (or a module, or "module:function") that makes the dense architecture. It is
     built on the meta device where its constructor allows, so that its weights are never in memory; then shapes, attributes
@@ -48,6 +50,8 @@ def load(directory: str | os.PathLike[str], make_model: MakeModel | None = None,
     _assign(model, tensors, record, directory)
     _set_attributes(model, record["attributes"])
     narrow(model)
+    if "specialist" in record:
+        model = Specialist.from_record(model, record["specialist"])
     return model.to(device).eval()
 
 

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from resect.errors import FileError, ModelError, PlanError
 from resect.exporting.plan_file import FORMAT, FORMAT_VERSION, PLAN, is_saved, read_plan, sealed
 from resect.plan import Plan
+from resect.specializing.specialist import Specialist
 
 if TYPE_CHECKING:
     from resect.anatomy import Anatomy
     from resect.searching import Found
+    from resect.specializing import Specialised
 
 WEIGHTS, BUFFERS = "model.safetensors", "buffers.safetensors"
 _KNOWN_FILES = frozenset({WEIGHTS, BUFFERS, PLAN, "result.json", "report.html", "trials.jsonl"})
@@ -35,12 +37,12 @@ def save(
     *,
     architecture: str | None = None,
     arguments: Mapping[str, Any] | None = None,
-    found: Found | None = None,
+    found: Found | Specialised | None = None,
     data: Mapping[str, str] | None = None,
     seed: int | None = None,
     files: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write `model`, which was cut by `plan`, to `directory` and return its path.
+    """Write `model`, which was cut by `plan`, to `directory` and return its path. A specialist is written with its threshold.
 
     architecture: "module:function" that makes the dense network, called with `arguments` (anything JSON can hold); or the
     saved directory that the dense network was loaded from, when a cut network is cut again. found: the outcome of a search;
@@ -52,9 +54,13 @@ def save(
     """
     directory = Path(directory)
     check_writable(directory)
+    specialist = model.record() if isinstance(model, Specialist) else None
+    model = model.network if isinstance(model, Specialist) else model
     try:
         with _renamed_into(directory) as folder:
             record = _record(model, plan, architecture, arguments, found, data, seed)
+            if specialist is not None:
+                record["specialist"] = specialist
             record["files"] = _write_tensors(model, folder)
             for name, text in (files or {}).items():
                 (folder / name).write_text(text, encoding="utf-8")
@@ -84,7 +90,7 @@ def _record(
     plan: Plan,
     architecture: str | None,
     arguments: Mapping[str, Any] | None,
-    found: Found | None,
+    found: Found | Specialised | None,
     data: Mapping[str, str] | None,
     seed: int | None,
 ) -> dict[str, Any]:
