@@ -139,6 +139,19 @@ def test_curves_fall_with_units_and_end_at_nothing(wide) -> None:
         assert curves.counts[name][-1] == scores.anatomy.group(name).units
 
 
+def test_filled_curves_keep_what_was_measured_and_fall_in_between(wide) -> None:
+    _, scores = wide
+    curves = Curves.of(scores, "least_squares", levels=6)
+    filled = curves.filled(scores.anatomy)
+    for group in scores.anatomy.groups:
+        counts, errors = filled.counts[group.name], filled.errors[group.name]
+        assert len(counts) > len(curves.counts[group.name])
+        assert (np.diff(counts) > 0).all()
+        assert (np.diff(errors) <= 1e-15).all()
+        measured = np.isin(counts, curves.counts[group.name])
+        np.testing.assert_allclose(errors[measured], curves.errors[group.name], rtol=1e-9)
+
+
 def test_trades_are_leaner(wide) -> None:
     _, scores = wide
     cost = measure(scores.anatomy, "macs")

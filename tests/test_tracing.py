@@ -117,8 +117,11 @@ def test_padding_tokens_never_count() -> None:
     anatomy = resect.dissect(model, {"values": values[:2], "attention_mask": mask[:2]})
     clean = resect.trace(model, [{"values": values, "attention_mask": mask}], anatomy, token_stride=1)
     other = resect.trace(model, [{"values": noisy, "attention_mask": mask}], anatomy, token_stride=1)
+    short = resect.trace(model, [{"values": values, "attention_mask": mask}], anatomy)
     for name, sums in clean.sums.items():
         assert sums.positions.sum() == 40
+        # Every token of a short text counts in the second moments, too.
+        np.testing.assert_array_equal(sums.gram, short.sums[name].gram)
         for field in ("fired", "total", "square", "gram", "held"):
             np.testing.assert_allclose(getattr(sums, field), getattr(other.sums[name], field), err_msg=field)
 
