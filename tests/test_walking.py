@@ -155,6 +155,18 @@ def test_fitting_in_turn_gets_closer_than_in_order_alone(make) -> None:
     assert errors[2] < errors[1] <= errors[0] * 1.001
 
 
+@pytest.mark.parametrize(("padding", "kernel"), [("same", 3), ("same", 4), ("valid", 3), (2, 3)])
+def test_convolutions_are_fitted_in_turn_however_they_are_padded(padding: str | int, kernel: int) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(2, 12, kernel, padding=padding), nn.Conv2d(12, 8, kernel, padding=padding, stride=1)
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4)).eval()
+    small, plan, data = prepared(model, images())
+    _, steps = repair_sequentially(model, small, plan, data, alternations=3)
+    step = next(step for step in steps if step.tensor == "2.weight")
+    assert step.together == "0.weight"
+    assert step.error_after < step.error_before
+
+
 def test_without_turns_the_units_that_stay_compute_what_they_did() -> None:
     model, x = perceptron(), rows()
     small, plan, data = prepared(model, x)

@@ -24,13 +24,12 @@ from resect.repair.fitting import LEAST_GAIN, RIDGES, Fitted, current, fitted, s
 from resect.repair.moments import Line, Moments, Rows, by_position, precise, rows_of, split
 from resect.repair.walking import GRAM_POSITIONS, Halt, Pair, again
 from resect.tracing import Reader
-from resect.tracing.sums import design
+from resect.tracing.sums import design, pads_of
 
 # How much a moved target costs beside what it makes good, in units of the reader's typical response.
 DAMPING = 0.3
 CONJUGATE_STEPS = 4
-# A feeder can make only part of what is asked of it: asking for more than is missing gets there in fewer turns (measured on
-# ResNet-20: 3 turns that ask for three times as much do more than 8 that ask for what is missing).
+# A feeder can make only part of what is asked of it: asking for more than is missing gets there in fewer turns.
 OVERSHOOT = 3.0
 # Where that goes too far: what is missing and no more, and solved closer to what the feeder is.
 ATTEMPTS = ((OVERSHOOT, RIDGES[0]), (1.0, RIDGES[1]))
@@ -144,10 +143,13 @@ class _Linear:
         reader, weight = halt.reading.reader, precise(halt.reading.weight.detach())
         if reader.op == "conv":
             function, transposed = CONVOLUTIONS[read.ndim]
-            call: Any = (reader.stride, reader.padding, reader.dilation, reader.blocks)
+            # Padded by hand: padding may be a word, and need not be the same on both sides.
+            pads = pads_of(reader, tuple(weight.shape[2:]))
+            back_pads, wide = [-pad for pad in pads], F.pad(read, pads).shape
+            call: Any = (reader.stride, 0, reader.dilation, reader.blocks)
             forward, back = (
-                lambda change: scale * function(change, weight, None, *call),
-                lambda error: transposed(read.shape, weight, scale * error, *call),
+                lambda change: scale * function(F.pad(change, pads), weight, None, *call),
+                lambda error: F.pad(transposed(wide, weight, scale * error, *call), back_pads),
             )
             columns = weight.square() * scale.view(-1, *[1] * (weight.ndim - 1)).square()
         else:

@@ -86,8 +86,8 @@ def shrink(
     to: shares of parameters, MACs and bytes that may remain, or milliseconds at batch 1, measured. calib: batches to trace and
     repair on. allocation: "knapsack" trades predicted harm against cost, as `fit`; "threshold" cuts the lowest normalised
     scores of all groups; "uniform" the same share of every group; "auto" is "knapsack", and "threshold" without repair.
-    token_stride: as in `trace`. recovery: None leaves it out; train: its
-    batches (default: `calib`); val: labelled batches, to choose the best network by.
+    token_stride: as in `trace`. recovery: None leaves it out; train: its batches (default: `calib`); val: labelled batches, to
+    choose the best network by.
     floor: a promise to certify on `certify`, or on half of `val`, for the network that ships; half of its delta is held back
     for one made from it later. work: a directory that keeps every round and the recovery; called again after it was killed, the
     same call ends with the same network, byte for byte (not where latency is measured).

@@ -264,7 +264,7 @@ def design(reading: Reading, examples: int, most: int) -> torch.Tensor | None:
 def _patches(reading: Reading, most: int) -> torch.Tensor:
     reader, inputs = reading.reader, reading.inputs.detach()
     kernel, stride, dilation = tuple(reading.weight.shape[2:]), reader.stride, reader.dilation
-    inputs = F.pad(inputs, _pads(reader, kernel))
+    inputs = F.pad(inputs, pads_of(reader, kernel))
     if inputs.ndim == 3:
         inputs, kernel, stride, dilation = inputs[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
     columns = F.unfold(inputs, kernel, dilation=dilation, stride=stride)
@@ -275,7 +275,7 @@ def _patches(reading: Reading, most: int) -> torch.Tensor:
     return rows.reshape(*rows.shape[:2], reader.blocks, -1)
 
 
-def _pads(reader: Reader, kernel: tuple[int, ...]) -> list[int]:
+def pads_of(reader: Reader, kernel: tuple[int, ...]) -> list[int]:
     """Zeros added on each side of each spatial axis, last axis first, as F.pad takes them."""
     pads: list[int] = []
     for axis in reversed(range(len(kernel))):
