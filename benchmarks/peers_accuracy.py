@@ -3,6 +3,8 @@
     python benchmarks/peers_accuracy.py [--networks resnet20,mnist] [--seeds 3] [--quick]
                                                     (needs: pip install 'resect[compare,data,hf]')
 
+Published after each network, beside what was published of the others.
+
 The same trained networks, the same calibration examples, the same budget of MACs (counted by torch's own flop counter), the
 same test set, opened for the final figures only; each tool decides by itself which layers become how narrow.
 
@@ -25,6 +27,7 @@ same test set, opened for the final figures only; each tool decides by itself wh
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 import warnings
@@ -211,16 +214,24 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows, failed = [], []
+    rows, failed = ([], []) if arguments.quick else earlier()
     for name in arguments.networks.split(","):
         more, wrong = one_network(name, 1 if arguments.quick else arguments.seeds, arguments.quick)
-        rows, failed = rows + more, failed + wrong
-    text = report(rows, failed)
-    if not arguments.quick:
-        made = {package: version(package) for package in ("torch-pruning", "nvidia-modelopt") if _installed(package)}
-        publish("peers_accuracy", {"versions": made, "runs": rows, "failed": failed}, text)
-        text = (RESULTS / "peers_accuracy.md").read_text()
-    print(text)
+        again = more[0]["network"]
+        rows = [row for row in rows if row["network"] != again] + more
+        failed = [line for line in failed if not line.startswith(f"{again},")] + wrong
+        text = report(rows, failed)
+        if not arguments.quick:
+            made = {package: version(package) for package in ("torch-pruning", "nvidia-modelopt") if _installed(package)}
+            publish("peers_accuracy", {"versions": made, "runs": rows, "failed": failed}, text)
+        print(text, flush=True)
+
+
+def earlier() -> tuple[list[dict[str, Any]], list[str]]:
+    """What was published; networks that run again take the place of their rows."""
+    path = RESULTS / "peers_accuracy.json"
+    published = json.loads(path.read_text()) if path.exists() else {"runs": [], "failed": []}
+    return published["runs"], published["failed"]
 
 
 def _installed(package: str) -> bool:
