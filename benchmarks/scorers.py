@@ -43,8 +43,9 @@ REPAIRS = ("none", "least_squares")
 ROUNDS = (1, 5)
 KEY = ("network", "part", "seed", "scorer", "removed", "repair", "rounds")
 NAMES = (
-    "spectral", "spectral(mode=eig)", "spectral(mode=jl)", "spectral(mode=proxy)", "spectral(spade)", "isolation", "input_only",
-    "magnitude", "activation_weight", "taylor", "firing_rate", "fluctuation", "reconstruction", "random",
+    "spectral", "spectral(mode=eig)", "spectral(mode=jl)", "spectral(mode=proxy)", "spectral(spade)",
+    "spectral(direction=contraction)", "isolation", "input_only", "magnitude", "activation_weight", "taylor", "firing_rate",
+    "fluctuation", "reconstruction", "random",
 )  # fmt: skip
 DOCS = Path(__file__).parent.parent / "docs" / "scorers.md"
 Row = dict[str, Any]
