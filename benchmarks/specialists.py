@@ -7,7 +7,7 @@ Networks 784-512-256-10 and 784-128-10 are trained on 40,000 training examples; 
 certify split; the 10,000 test examples are opened at the end. The promise: recall at most half a point below the dense network
 and false-positive rate at most half a point above it. Two networks are shown for every class:
 
-- by search: the leanest network of the frozen list that keeps both promises on the search split, without a certificate;
+- by search: the leanest network prepared that keeps both promises as measured on the search split, without a certificate;
 - certified: what `resect.specialize` delivers, 95 % sure.
 
 `original` is the first program's method (peak above a threshold that rises in steps, no repair, one-vs-rest accuracy), with its

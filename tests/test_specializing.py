@@ -70,6 +70,15 @@ def test_a_specialist_is_smaller_certified_and_keeps_its_promise_on_test(cow) ->
     assert sum(p.numel() for p in cow.model.parameters()) == cow.cost.parameters
 
 
+def test_what_the_search_alone_would_deliver_keeps_the_promise_as_measured_there(cow, every) -> None:
+    for one in (cow, *every):
+        model, plan = one.searched
+        dense, small = rates_of(model, Seen.of(MODEL, SEARCH, "search"))
+        assert small.recall >= dense.recall - 0.03
+        assert small.false_positive_rate <= 0.05
+        assert sum(p.numel() for p in model.parameters()) == plan.cost().parameters <= one.cost.parameters
+
+
 def test_false_positives_beside_the_dense_networks() -> None:
     found = resect.specialize(
         MODEL, CALIB, SEARCH, certify=CERTIFY, classes=[2], **{**EASY, "false_positives": Floor(drop=0.02)}

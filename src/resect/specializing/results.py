@@ -27,7 +27,8 @@ class Specialised:
     """One specialist, and what was promised and measured of it.
 
     model: the specialist, an ordinary module (the safest one tried where the promise could not be certified). plan: of the
-    dense network, output rows included. goal: the floor on its recall (several classes: the accuracy among them).
+    dense network, output rows included. searched: the leanest network prepared that keeps the promises as measured on the
+    search split, and its plan; it has no certificate. goal: the floor on its recall (several classes: the accuracy among them).
     false_positives: the cap on the share of other examples accepted, None where nothing is rejected. search, certify: its rates
     on these splits, beside the dense network's on the same question. frozen: digests of the networks that were fixed before the
     certify split was opened. seconds: of its own search, without what all specialists share.

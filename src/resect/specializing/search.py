@@ -12,6 +12,7 @@ from torch import nn
 
 from resect.anatomy import Anatomy
 from resect.errors import GoalError
+from resect.evaluation import Evaluation
 from resect.plan import Plan
 from resect.repair import repair
 from resect.scoring import Scores, score
@@ -32,14 +33,15 @@ from resect.surgery import cut, state_digest
 from resect.tracing import Trace
 
 LEAST_SHARE = 0.004
-# Sizes around the leanest trial that was ahead, prepared for the certificate's list.
-AROUND = (0.62, 0.8, 1.0, 1.5, 2.4, 4.0)
+# Sizes around the leanest trial that was ahead, prepared for the certificate's list. Trials are repaired from the trace alone:
+# what the final repair adds lets smaller ones keep the promise too.
+AROUND = (0.4, 0.5, 0.62, 0.8, 1.0, 1.5, 2.4, 4.0)
 RUNGS = 12
 # Other examples that a trial is shown, as a multiple of the own ones: those that the dense network is least sure to refuse.
 HARDEST = 3
 SLOPE_EXAMPLES = 500
 LEVELS = 32
-# Largest final repair of one network, in multiply-adds of the dense network over all readers; and the fewest examples for it.
+# Largest final repair of one network, in multiply-adds of passes of both networks; and the fewest examples for it.
 LARGEST_REPAIR, LEAST_EXAMPLES = 3e10, 100
 # Networks that keep more than this share of their units lose little, and their large readers take long to re-solve.
 AIMED_BELOW = 0.5
@@ -82,14 +84,24 @@ class Candidate:
     cost: float
     digest: str
 
+    def keeps(self, floors: Sequence[Floor], dense: Evaluation) -> bool:
+        """Whether all promises are kept as measured on the search split, without a margin."""
+        judged = self.answers.judged(float(self.model.threshold)).per_class
+        return all(judged[f.label] >= f.threshold(dense.per_class[f.label]) for f in floors if f.label is not None)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """A specialist before the certify split is opened."""
+    """A specialist before the certify split is opened.
+
+    frozen: the list that is walked on it. leanest: the cheapest of all prepared that keeps both promises as measured on the
+    search split (the safest where none does).
+    """
 
     question: Question
     floors: tuple[Floor, ...]
     frozen: tuple[Candidate, ...]
+    leanest: Candidate
     trials: tuple[Trial, ...]
     seconds: float
     method: str
@@ -140,11 +152,13 @@ def prepare(
         if again_best is not None and one.measure(again_best.kept) <= one.measure(best.kept):
             scores, best = again, again_best
     notes = () if best is not None else ("No trial kept the promises on the search split; the list holds the safest tried.",)
-    frozen = freeze(one.finished(scores, best))
+    candidates = one.finished(scores, best)
+    frozen, dense = freeze(candidates), shared.search.dense(question)
     return Prepared(
         question=question,
         floors=floors,
         frozen=frozen,
+        leanest=min((c for c in candidates if c.keeps(floors, dense)), key=lambda c: c.cost, default=frozen[0]),
         trials=tuple(one.trials),
         seconds=time.monotonic() - start,
         method="repair",
@@ -172,10 +186,9 @@ class _One:
         self.families: dict[int, Callable[[float], Plan]] = {}
 
     def _affordable(self) -> list[Any]:
-        """As many calibrate batches as the final repair can go through, reader by reader."""
-        shared = self.shared
-        each = max(Plan.all(self.headed.whole).cost().macs * len(shared.trace.readers), 1.0)
-        return first_examples(shared.calib.batches, max(int(LARGEST_REPAIR / each), LEAST_EXAMPLES))
+        """As many calibrate batches as the final repair can go through."""
+        each = max(2 * Plan.all(self.headed.whole).cost().macs, 1.0)
+        return first_examples(self.shared.calib.batches, max(int(LARGEST_REPAIR / each), LEAST_EXAMPLES))
 
     def _hardest(self, own: np.ndarray) -> np.ndarray:
         """(examples,) own examples, and the others that come closest to being taken for one."""
@@ -262,7 +275,8 @@ class _One:
 
     def _finish(self, scores: Scores, plan: Plan) -> Candidate:
         shared = self.shared
-        small, _ = finish(self.headed.network, scores, plan, self.few, "least_squares")
+        # Two layers in turn are fitted for what the dense layers make; here `aim` does it for the own answer, at less cost.
+        small, _ = finish(self.headed.network, scores, plan, self.few, "least_squares", alternations=0)
         model = self.headed.specialist(small)
         if plan.share < AIMED_BELOW:
             model = aim(model, self.readers, shared.calib.batches, self.target, sweeps=shared.sweeps)
@@ -300,15 +314,13 @@ def certified(shared: Shared, prepared: Prepared, goal: Floor, opened: Seen) -> 
     found = certify(prepared.floors, dense, judged, seed=shared.seed)
     place = found.delivered or 0
     chosen = prepared.frozen[place]
-    ahead = [candidate for candidate in prepared.frozen if candidate.chosen.ahead >= 0]
-    leanest = min(ahead or prepared.frozen[:1], key=lambda candidate: candidate.cost)
     dense_search = shared.search.dense(question)
     notes = (*prepared.notes, *(() if found.passed else ("The promise is not certified; this is the safest network tried.",)))
     return Specialised(
         question=question,
         model=chosen.model,
         plan=chosen.plan,
-        searched=(leanest.model, leanest.plan),
+        searched=(prepared.leanest.model, prepared.leanest.plan),
         goal=goal,
         false_positives=prepared.floors[1] if question.rejects else None,
         certificate=in_words(found, question, prepared.floors, few_examples(question, shared.counts, goal)),

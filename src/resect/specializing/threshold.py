@@ -53,6 +53,7 @@ def prepare_by_threshold(
         question=question,
         floors=floors,
         frozen=frozen,
+        leanest=frozen[0],
         trials=tuple(trials),
         seconds=time.monotonic() - start,
         method="threshold",
