@@ -271,6 +271,16 @@ def test_convolutions_and_networks_that_return_mappings() -> None:
     assert found.kept["conv"] <= 12
 
 
+def test_where_repair_from_the_trace_is_not_enough_sizes_are_tried_with_the_final_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resect.specializing import search
+
+    monkeypatch.setattr(search._One, "trial", lambda self, scores, plan: False)
+    found = resect.specialize(MODEL, CALIB, SEARCH, certify=CERTIFY, classes=["cow"], **EASY)
+    assert found.certified
+    assert 0.3 < found.removed < 1
+    assert "sizes were tried finally repaired" in " ".join(found.notes)
+
+
 def unlabelled(data: list) -> list:
     return [x for x, _ in data]
 

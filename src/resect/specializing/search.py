@@ -16,18 +16,15 @@ from resect.evaluation import Evaluation
 from resect.plan import Plan
 from resect.repair import repair
 from resect.scoring import Scores, score
-from resect.searching import Certificate, Floor, Trial, certify
+from resect.searching import Floor, Trial
 from resect.searching.allocation import Curves, Knapsack, measure
-from resect.searching.certificate import FEW_PER_CLASS
-from resect.searching.evidence import needed_for_drop
-from resect.searching.finishing import finish
+from resect.searching.finishing import ALTERNATIONS, finish
 from resect.searching.ladder import chances, climb
 from resect.searching.sensitivity import first_examples
 from resect.specializing.aiming import Headed, aim, in_one_currency, linear_readers, slopes, specialised
-from resect.specializing.judging import OTHERS, OWN, Answers, Chosen, Rates, Seen, choose_threshold
+from resect.specializing.judging import OTHERS, OWN, Answers, Chosen, Seen, choose_threshold
 from resect.specializing.question import Question
 from resect.specializing.readout import OutputLayer, Target, rows_of
-from resect.specializing.results import Specialised
 from resect.specializing.specialist import Specialist
 from resect.surgery import cut, state_digest
 from resect.tracing import Trace
@@ -36,13 +33,15 @@ LEAST_SHARE = 0.004
 # Sizes around the leanest trial that was ahead, prepared for the certificate's list. Trials are repaired from the trace alone:
 # what the final repair adds lets smaller ones keep the promise too.
 AROUND = (0.4, 0.5, 0.62, 0.8, 1.0, 1.5, 2.4, 4.0)
+# Where no trial was ahead, sizes are tried with the final repair, from this share of the cost on.
+LEAST_FINAL, FINAL_TRIALS = 0.1, 4
 RUNGS = 12
 # Other examples that a trial is shown, as a multiple of the own ones: those that the dense network is least sure to refuse.
 HARDEST = 3
 SLOPE_EXAMPLES = 500
 LEVELS = 32
 # Largest final repair of one network, in multiply-adds of passes of both networks; and the fewest examples for it.
-LARGEST_REPAIR, LEAST_EXAMPLES = 3e10, 100
+LARGEST_REPAIR, LEAST_EXAMPLES = 1.5e10, 100
 # Networks that keep more than this share of their units lose little, and their large readers take long to re-solve.
 AIMED_BELOW = 0.5
 
@@ -151,7 +150,11 @@ def prepare(
         again_best = one.bisect(again, centre / 2, min(centre * 1.3, 1.0), shared.evaluations - len(one.trials))
         if again_best is not None and one.measure(again_best.kept) <= one.measure(best.kept):
             scores, best = again, again_best
-    notes = () if best is not None else ("No trial kept the promises on the search split; the list holds the safest tried.",)
+    notes = (
+        ()
+        if best is not None
+        else ("No trial repaired from the trace alone kept the promises; sizes were tried finally repaired.",)
+    )
     candidates = one.finished(scores, best)
     frozen, dense = freeze(candidates), shared.search.dense(question)
     return Prepared(
@@ -175,6 +178,9 @@ class _One:
         rows = rows_of(question, shared.calib.logits, self.target)
         self.headed = Headed.of(shared.model, shared.anatomy, shared.layer, question, rows)
         self.readers = linear_readers(self.headed)
+        # Layers in turn are fitted for what dense layers make. Where `aim` can, it does that for the own answer, at less cost.
+        reading = {part.tensor for group in self.headed.anatomy.groups for part in group.readers}
+        self.alternations = 0 if reading <= set(self.readers) else ALTERNATIONS
         self.measure = measure(self.headed.anatomy, shared.minimise)
         self.dense = self.measure(Plan.all(self.headed.anatomy).kept)
         own = shared.search.own(question)
@@ -266,17 +272,34 @@ class _One:
 
     def finished(self, scores: Scores, best: Plan | None) -> list[Candidate]:
         """Specialists of falling size around the best trial, each finally repaired and judged on the whole search split."""
-        make = self.family(scores)
-        centre = 0.5 if best is None else self.measure(best.kept) / self.dense
+        if best is None:
+            return self._halved(scores)
+        make, centre = self.family(scores), self.measure(best.kept) / self.dense
         plans = {plan.digest: plan for factor in AROUND if (plan := make(min(factor * centre, 1.0)))}
-        plans |= {plan.digest: plan for plan in (Plan.all(self.headed.anatomy), *([best] if best is not None else []))}
+        plans |= {plan.digest: plan for plan in (Plan.all(self.headed.anatomy), best)}
         ordered = sorted(plans.values(), key=lambda plan: self.measure(plan.kept), reverse=True)
         return [self._finish(scores, plan) for plan in ordered]
 
+    def _halved(self, scores: Scores) -> list[Candidate]:
+        """Finally repaired specialists where an interval of sizes is halved by whether they are ahead of their promises."""
+        make, low, high = self.family(scores), LEAST_FINAL, 1.0
+        found: dict[str, Candidate] = {}
+
+        def tried(plan: Plan) -> Candidate:
+            if plan.digest not in found:
+                found[plan.digest] = self._finish(scores, plan)
+            return found[plan.digest]
+
+        tried(Plan.all(self.headed.anatomy))
+        for _ in range(FINAL_TRIALS):
+            middle = float(np.sqrt(low * high))
+            low, high = (low, middle) if tried(make(middle)).chosen.ahead >= 0 else (middle, high)
+        tried(make(float(np.sqrt(high))))  # a safer one: the certify split may be less kind than the search split
+        return sorted(found.values(), key=lambda candidate: candidate.cost, reverse=True)
+
     def _finish(self, scores: Scores, plan: Plan) -> Candidate:
         shared = self.shared
-        # Two layers in turn are fitted for what the dense layers make; here `aim` does it for the own answer, at less cost.
-        small, _ = finish(self.headed.network, scores, plan, self.few, "least_squares", alternations=0)
+        small, _ = finish(self.headed.network, scores, plan, self.few, "least_squares", alternations=self.alternations)
         model = self.headed.specialist(small)
         if plan.share < AIMED_BELOW:
             model = aim(model, self.readers, shared.calib.batches, self.target, sweeps=shared.sweeps)
@@ -303,86 +326,3 @@ def freeze(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     costs, ahead = np.array([c.cost for c in front]), np.array([c.chosen.ahead for c in front])
     rungs = climb(costs / costs.max(), chances(ahead), RUNGS)
     return tuple(front[rung] for rung in rungs) or (front[0],)
-
-
-def certified(shared: Shared, prepared: Prepared, goal: Floor, opened: Seen) -> Specialised:
-    """Walk the frozen list of one specialist on the certify split."""
-    question = prepared.question
-    answers = [Answers.of(candidate.model, opened) for candidate in prepared.frozen]
-    judged = [a.judged(float(c.model.threshold)) for a, c in zip(answers, prepared.frozen)]
-    dense = opened.dense(question)
-    found = certify(prepared.floors, dense, judged, seed=shared.seed)
-    place = found.delivered or 0
-    chosen = prepared.frozen[place]
-    dense_search = shared.search.dense(question)
-    notes = (*prepared.notes, *(() if found.passed else ("The promise is not certified; this is the safest network tried.",)))
-    return Specialised(
-        question=question,
-        model=chosen.model,
-        plan=chosen.plan,
-        searched=(prepared.leanest.model, prepared.leanest.plan),
-        goal=goal,
-        false_positives=prepared.floors[1] if question.rejects else None,
-        certificate=in_words(found, question, prepared.floors, few_examples(question, shared.counts, goal)),
-        search=Rates.of(chosen.answers.judged(float(chosen.model.threshold)), chosen.answers.margin),
-        dense_search=Rates.of(dense_search, _dense_margin(shared.search, question)),
-        certify=Rates.of(judged[place], answers[place].margin),
-        dense_certify=Rates.of(dense, _dense_margin(opened, question)),
-        trials=prepared.trials,
-        frozen=tuple(candidate.digest for candidate in prepared.frozen),
-        cost=chosen.plan.cost(),
-        dense_cost=Plan.all(chosen.plan.anatomy).cost(),
-        output=shared.layer.group.name,
-        method=prepared.method,
-        seconds=prepared.seconds,
-        seed=shared.seed,
-        notes=notes,
-    )
-
-
-def _dense_margin(seen: Seen, question: Question) -> np.ndarray | None:
-    return seen.score(question) if question.rejects else None
-
-
-def in_words(certificate: Certificate, question: Question, floors: tuple[Floor, ...], few: tuple[str, ...]) -> Certificate:
-    """The certificate with its promise in the words of a specialist; `few`: what is to be said of small classes."""
-    what = "recall" if question.one else "accuracy among them"
-    words = f"{question.name}: {what} {str(replace(floors[0], label=None)).removeprefix('accuracy ')}"
-    if question.rejects:
-        words += f" and {'false-positive' if question.one else 'false-accept'} rate {_cap_in_words(floors[1])}"
-    sure = f"({100 * (1 - certificate.delta):.4g} % sure)"
-    general = tuple(text for text in certificate.advice if not text.startswith("class "))
-    certificate = replace(certificate, advice=(*few, *general))
-    if certificate.passed:
-        return replace(certificate, promise=f"Certified: {words} {sure}.")
-    return replace(certificate, promise=f"Not certified: no network on the list could be shown to keep '{words}' {sure}.")
-
-
-def _cap_in_words(floor: Floor) -> str:
-    if floor.accuracy is not None:
-        return f"at most {100 * (1 - floor.accuracy):.4g} %"
-    return str(replace(floor, label=None)).replace("below", "above")
-
-
-def few_examples(question: Question, counts: np.ndarray, floor: Floor) -> tuple[str, ...]:
-    """What can still be promised where an own class has few certify examples."""
-    few = {c: int(counts[c]) for c in question.own if counts[c] < FEW_PER_CLASS}
-    if not few:
-        return ()
-    total = int(counts[list(question.own)].sum())
-    which = ", ".join(f"{n} of {question.class_name(c)!r}" for c, n in few.items())
-    if floor.accuracy is not None:
-        reach = f"a recall of {100 * floor.delta ** (1 / total):.2f} % even if every one is answered rightly"
-    else:
-        reach = f"a drop of {100 * least_drop(total, floor.delta):.2f} points even if not one more is lost"
-    return (f"The certify data hold only {which} (fewer than {FEW_PER_CLASS}): at best they can show {reach}.",)
-
-
-def least_drop(examples: int, delta: float) -> float:
-    """The smallest drop that so many examples can certify where both networks are right on all of them."""
-    low, high = 0.0, 1.0
-    for _ in range(14):
-        middle = (low + high) / 2
-        needed = needed_for_drop(0.0, 0.0, middle, delta)
-        low, high = (low, middle) if needed is not None and needed <= examples else (middle, high)
-    return high

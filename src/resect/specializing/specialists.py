@@ -13,11 +13,12 @@ from torch import nn
 from resect.batches import unpack
 from resect.errors import DataError, GoalError
 from resect.searching import Floor
+from resect.specializing.certifying import certified
 from resect.specializing.judging import Seen
 from resect.specializing.question import Other, Question, asked
 from resect.specializing.readout import features, output_layer
 from resect.specializing.results import Specialised
-from resect.specializing.search import Prepared, Shared, certified, floors_of, prepare
+from resect.specializing.search import Prepared, Shared, floors_of, prepare
 from resect.specializing.threshold import prepare_by_threshold
 from resect.tracing import Trace
 
