@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from resect.errors import FileError, GoalError
 from resect.exporting.loading import MakeModel, load
 from resect.exporting.plan_file import is_saved
-from resect.exporting.saving import _renamed_into, save
+from resect.exporting.saving import renamed_into, save
 from resect.specializing.specialist import Panel, Specialist
 
 if TYPE_CHECKING:
@@ -42,17 +42,12 @@ def save_panel(
     directory = Path(directory)
     check_panel_writable(directory)
     index = {str(one.question.own[0]): folder_name(one) for one in specialists}
-    try:
-        with _renamed_into(directory) as folder:
-            for one in specialists:
-                save(one.model, one.plan, folder / folder_name(one), found=one, **origin)
-            record = {"format": FORMAT, "format_version": FORMAT_VERSION, "specialists": index}
-            for name, text in {**(files or {}), INDEX: json.dumps(record, indent=2) + "\n"}.items():
-                (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise FileError(
-            f"cannot write {directory}: {error.strerror or error}. Name a directory that you may write to."
-        ) from error
+    with renamed_into(directory) as folder:
+        for one in specialists:
+            save(one.model, one.plan, folder / folder_name(one), found=one, **origin)
+        record = {"format": FORMAT, "format_version": FORMAT_VERSION, "specialists": index}
+        for name, text in {**(files or {}), INDEX: json.dumps(record, indent=2) + "\n"}.items():
+            (folder / name).write_text(text, encoding="utf-8")
     return directory
 
 
@@ -69,13 +64,8 @@ def check_panel_writable(directory: str | os.PathLike[str]) -> None:
                 f"{directory} holds {path.name}, which is not part of a panel saved by resect; it was left as it is. "
                 "Name an empty or new directory."
             )
-    try:
-        with _renamed_into(directory, keep=False):
-            pass
-    except OSError as error:
-        raise FileError(
-            f"cannot write {directory}: {error.strerror or error}. Name a directory that you may write to."
-        ) from error
+    with renamed_into(directory, keep=False):
+        pass
 
 
 def folder_name(one: Specialised) -> str:

@@ -7,7 +7,8 @@ import operator
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,19 +57,14 @@ def save(
     check_writable(directory)
     specialist = model.record() if isinstance(model, Specialist) else None
     model = model.network if isinstance(model, Specialist) else model
-    try:
-        with _renamed_into(directory) as folder:
-            record = _record(model, plan, architecture, arguments, found, data, seed)
-            if specialist is not None:
-                record["specialist"] = specialist
-            record["files"] = _write_tensors(model, folder)
-            for name, text in (files or {}).items():
-                (folder / name).write_text(text, encoding="utf-8")
-            (folder / PLAN).write_text(sealed(record), encoding="utf-8")
-    except OSError as error:
-        raise FileError(
-            f"cannot write {directory}: {error.strerror or error}. Name a directory that you may write to."
-        ) from error
+    with renamed_into(directory) as folder:
+        record = _record(model, plan, architecture, arguments, found, data, seed)
+        if specialist is not None:
+            record["specialist"] = specialist
+        record["files"] = _write_tensors(model, folder)
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / PLAN).write_text(sealed(record), encoding="utf-8")
     return directory
 
 
@@ -76,13 +72,8 @@ def check_writable(directory: str | os.PathLike[str]) -> None:
     """FileError unless `save` could write `directory`, so that a long search does not end in one; makes its parent."""
     directory = Path(directory)
     _refuse_foreign(directory)
-    try:
-        with _renamed_into(directory, keep=False):
-            pass
-    except OSError as error:
-        raise FileError(
-            f"cannot write {directory}: {error.strerror or error}. Name a directory that you may write to."
-        ) from error
+    with renamed_into(directory, keep=False):
+        pass
 
 
 def _record(
@@ -222,33 +213,36 @@ def _refuse_foreign(directory: Path) -> None:
         )
 
 
-class _renamed_into:
-    """A new folder beside `directory` that takes its place when the block ends well, and vanishes when it does not."""
+@contextmanager
+def renamed_into(directory: Path, *, keep: bool = True) -> Iterator[Path]:
+    """A new folder beside `directory` that takes its place when the block ends well, and vanishes when it does not.
 
-    def __init__(self, directory: Path, *, keep: bool = True) -> None:
-        self.directory, self.keep = directory.resolve(), keep
-        token = f".{self.directory.name}.{secrets.token_hex(4)}"
-        self.new, self.old = (self.directory.with_name(f"{token}.{kind}") for kind in ("new", "old"))
+    keep: False only tries whether it could. FileError where the folder cannot be made or written.
+    """
+    resolved = directory.resolve()
+    token = f".{resolved.name}.{secrets.token_hex(4)}"
+    new, old = (resolved.with_name(f"{token}.{kind}") for kind in ("new", "old"))
+    try:
+        resolved.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+        yield new
+        if keep:
+            _swap(resolved, new, old)
+    except OSError as error:
+        raise FileError(
+            f"cannot write {directory}: {error.strerror or error}. Name a directory that you may write to."
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
-    def __enter__(self) -> Path:
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        self.new.mkdir()
-        return self.new
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None and self.keep:
-                self._swap()
-        finally:
-            shutil.rmtree(self.new, ignore_errors=True)
-            shutil.rmtree(self.old, ignore_errors=True)
-
-    def _swap(self) -> None:
-        if self.directory.exists():
-            self.directory.rename(self.old)
-        try:
-            self.new.rename(self.directory)
-        except BaseException:
-            if self.old.exists():
-                self.old.rename(self.directory)
-            raise
+def _swap(directory: Path, new: Path, old: Path) -> None:
+    if directory.exists():
+        directory.rename(old)
+    try:
+        new.rename(directory)
+    except BaseException:
+        if old.exists():
+            old.rename(directory)
+        raise
