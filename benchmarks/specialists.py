@@ -3,6 +3,8 @@
     python benchmarks/specialists.py                       # both data sets, both shapes, 3 seeds
     python benchmarks/specialists.py --quick               # one digit of each shape on MNIST, one seed; nothing is written
 
+Published after each network, beside what was published of the others.
+
 Networks 784-512-256-10 and 784-128-10 are trained on 40,000 training examples; 10,000 others are the search and 10,000 the
 certify split; the 10,000 test examples are opened at the end. The promise: recall at most half a point below the dense network
 and false-positive rate at most half a point above it. Two networks are shown for every class:
@@ -19,6 +21,7 @@ general elimination and repair at the same share of units; both get their thresh
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -255,7 +258,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one digit of each shape, one seed, 3 epochs; nothing is written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows, panels, costs = [], [], {}
+    rows, panels, costs = ([], [], {}) if arguments.quick else earlier()
     for name in ["mnist"] if arguments.quick else arguments.data.split(","):
         splits = split(name)
         for shape in SHAPES:
@@ -264,16 +267,27 @@ def main() -> None:
                 seen = {part: Seen.of(model, list(getattr(splits, part)), part) for part in ("test", "search")}
                 case = Case(data=name, shape=shape, seed=seed, model=model, splits=splits, **seen)
                 more, panel = run(case, [3] if arguments.quick else None)
-                rows, panels = rows + more, panels + ([panel] if panel else [])
+                rows, panels = renewed(rows, more), renewed(panels, [panel] if panel else [])
                 for row in lines(more):
                     print(name, shape, seed, *row, flush=True)
                 if seed == 0 and len(shape) == 4 and name == "mnist" and not arguments.quick:
                     costs = cost_ratio(case)
-    if arguments.quick:
-        print(report(rows, panels, costs))
-        return
-    publish("specialists", {"runs": rows, "panels": panels, "cost": costs}, report(rows, panels, costs))
-    print((RESULTS / "specialists.md").read_text())
+                if not arguments.quick:
+                    publish("specialists", {"runs": rows, "panels": panels, "cost": costs}, report(rows, panels, costs))
+    print(report(rows, panels, costs))
+
+
+def earlier() -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, float]]:
+    """What was published."""
+    path = RESULTS / "specialists.json"
+    published = json.loads(path.read_text()) if path.exists() else {"runs": [], "panels": [], "cost": {}}
+    return published["runs"], published["panels"], published["cost"]
+
+
+def renewed(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Old rows and new ones; networks that run again take the place of their rows."""
+    again = {(row["data"], row["shape"], row["seed"]) for row in new}
+    return [row for row in old if (row["data"], row["shape"], row["seed"]) not in again] + new
 
 
 if __name__ == "__main__":
