@@ -32,7 +32,7 @@ from resect.tracing import Trace
 LEAST_SHARE = 0.004
 # Sizes around the leanest trial that was ahead, prepared for the certificate's list. Trials are repaired from the trace alone:
 # what the final repair adds lets smaller ones keep the promise too.
-AROUND = (0.4, 0.5, 0.62, 0.8, 1.0, 1.5, 2.4, 4.0)
+AROUND = (0.45, 0.62, 0.8, 1.0, 1.5, 2.6)
 # Where no trial was ahead, sizes are tried with the final repair, from this share of the cost on.
 LEAST_FINAL, FINAL_TRIALS = 0.1, 4
 RUNGS = 12
