@@ -18,7 +18,7 @@ from resect.repair import repair
 from resect.scoring import Scores, score
 from resect.searching import Floor, Trial
 from resect.searching.allocation import Curves, Knapsack, measure
-from resect.searching.finishing import ALTERNATIONS, finish
+from resect.searching.finishing import finish
 from resect.searching.ladder import chances, climb
 from resect.searching.sensitivity import first_examples
 from resect.specializing.aiming import Headed, aim, in_one_currency, linear_readers, slopes, specialised
@@ -33,6 +33,8 @@ LEAST_SHARE = 0.004
 # Sizes around the leanest trial that was ahead, prepared for the certificate's list. Trials are repaired from the trace alone:
 # what the final repair adds lets smaller ones keep the promise too.
 AROUND = (0.45, 0.62, 0.8, 1.0, 1.5, 2.6)
+# Two layers in turn, in the final repair: the first turns gain most, and every class pays for them at every size.
+TURNS = 2
 # Where no trial was ahead, sizes are tried with the final repair, from this share of the cost on.
 LEAST_FINAL, FINAL_TRIALS = 0.1, 4
 RUNGS = 12
@@ -180,7 +182,7 @@ class _One:
         self.readers = linear_readers(self.headed)
         # Layers in turn are fitted for what dense layers make. Where `aim` can, it does that for the own answer, at less cost.
         reading = {part.tensor for group in self.headed.anatomy.groups for part in group.readers}
-        self.alternations = 0 if reading <= set(self.readers) else ALTERNATIONS
+        self.alternations = 0 if reading <= set(self.readers) else TURNS
         self.measure = measure(self.headed.anatomy, shared.minimise)
         self.dense = self.measure(Plan.all(self.headed.anatomy).kept)
         own = shared.search.own(question)
