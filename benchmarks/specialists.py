@@ -3,8 +3,6 @@
     python benchmarks/specialists.py                       # both data sets, both shapes, 3 seeds
     python benchmarks/specialists.py --quick               # one digit of each shape on MNIST, one seed; nothing is written
 
-Published after each network, beside what was published of the others.
-
 Networks 784-512-256-10 and 784-128-10 are trained on 40,000 training examples; 10,000 others are the search and 10,000 the
 certify split; the 10,000 test examples are opened at the end. The promise: recall at most half a point below the dense network
 and false-positive rate at most half a point above it. Two networks are shown for every class:
@@ -15,7 +13,8 @@ and false-positive rate at most half a point above it. Two networks are shown fo
 `original` is the first program's method (peak above a threshold that rises in steps, no repair, one-vs-rest accuracy), with its
 accuracy measured on the search split. Class 3 is compared, with the widths of its network by search: `distilled`
 is trained from scratch on the dense network's own score (Adam, 10 epochs), `pruned` is cut for all ten classes by the library's
-general elimination and repair at the same share of units; both get their threshold like a specialist.
+general elimination and repair at the same share of units; both get their threshold like a specialist. Published after each
+network, beside what was published of the others.
 """
 
 from __future__ import annotations
