@@ -92,7 +92,8 @@ def scorer_runs(depth: int, budget: Budget, names: list[str], count: int) -> lis
             model, networks["least_squares"], plan, calib, alternations=ALTERNATIONS
         )[0]
         for method, network in networks.items():
-            runs.append({"scorer": name, "repair": method, "test": evaluate(network, test).accuracy, "kept": plan.kept})
+            accuracy = evaluate(network, test).accuracy
+            runs.append({"scorer": name, "repair": method, "test": accuracy, "kept": plan.kept, "images": count})
         print(name, {run["repair"]: run["test"] for run in runs[-len(networks) :]}, flush=True)
     return runs
 
@@ -108,6 +109,7 @@ def report(depth: int, part: str, dense: float, runs: list[dict[str, Any]]) -> s
         methods = list(dict.fromkeys(run["repair"] for run in runs))
         names = list(dict.fromkeys(run["scorer"] for run in runs))
         found = {(run["scorer"], run["repair"]): run["test"] for run in runs}
+        head += f"One calibration seed, {runs[0]['images']} images and their mirror images; the budget of `--part budget`.\n\n"
         return head + table(["scorer", *methods], [[n, *(f"{100 * found[n, m]:.2f}" for m in methods)] for n in names])
     rows = []
     for name in dict.fromkeys(run["budget"] for run in runs):
