@@ -23,7 +23,7 @@ from resect import Budget, cut, dissect, evaluate, fit, repair, score, trace
 from resect.repair import reestimate, repair_sequentially
 from resect.searching.allocation import Curves, Knapsack, against
 from resect.searching.finishing import ALTERNATIONS
-from resect.searching.sensitivity import weighed
+from resect.searching.sensitivity import from_dense, weighed
 from resect.sources.huggingface import load_images
 
 # At most 59.3M of 81.1M FLOPs and 174k of 268k parameters, as in the notebook (REFERENCES: 60.4 % before any training).
@@ -80,7 +80,7 @@ def scorer_runs(depth: int, budget: Budget, names: list[str], count: int) -> lis
     with_labels = trace(model, labelled, anatomy, gradients=True)
     for name in names:
         scores = score(with_labels, name)
-        curves, _ = weighed(Curves.of(scores, "least_squares"), model, scores, calib, "least_squares")
+        curves, _ = weighed(Curves.of(scores, "least_squares"), model, scores, from_dense(model, calib), "least_squares")
         curves = curves.filled(anatomy)
         plan = Knapsack(scores=scores, curves=curves, measure=against(anatomy, budget)).within(1.0)
         networks = {

@@ -11,7 +11,8 @@ below the dense network told to choose among them; with rejection (cat, dog), th
 dense network's too. Nothing is trained.
 
 Repaired from the trace alone no size keeps these promises, so that the search is cut short (evaluations=2) and sizes are tried
-with the final repair. Published after the ten classes, and after every subset.
+with the final repair, on about 490 of the 4,000 calibrate images (own ones and the hardest others). Published after the ten
+classes, and after every subset.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def report(rows: list[dict[str, Any]], panel: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=1000, help="calibrate images")
+    parser.add_argument("--images", type=int, default=4000, help="calibrate images")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from resect.specializing.judging import Answers, Rates, Seen, auroc, choose_thre
 from resect.specializing.overlap import Overlap
 from resect.specializing.question import Question, asked
 from resect.specializing.readout import output_layer
+from resect.specializing.telling import harm, telling
 from resect.surgery import state_digest
 from resect.tracing import trace
 
@@ -279,6 +280,74 @@ def test_where_repair_from_the_trace_is_not_enough_sizes_are_tried_with_the_fina
     assert found.certified
     assert 0.3 < found.removed < 1
     assert "sizes were tried finally repaired" in " ".join(found.notes)
+
+
+def test_a_deep_network_is_repaired_on_the_examples_that_tell_most() -> None:
+    seen = Seen.of(MODEL, CALIB, "calibrate")
+    (question,) = asked(["cow"], False, count=4, names=NAMES)
+    chosen = telling(seen, question, 100, seed=1)
+    own = chosen.own(question)
+    assert (chosen.examples, own.sum()) == (100, 40)
+    # The others that the dense network is least sure to refuse are all there, and some that it is sure of.
+    hard = np.sort(seen.score(question)[~seen.own(question)])[::-1][:40]
+    others = chosen.score(question)[~own]
+    assert set(hard) <= set(others)
+    assert others.min() < hard.min()
+    again, other = telling(seen, question, 100, seed=1), telling(seen, question, 100, seed=2)
+    assert np.array_equal(chosen.logits, again.logits)
+    assert not np.array_equal(chosen.logits, other.logits)
+    assert telling(seen, question, 5000) is seen
+
+
+def test_where_own_examples_are_few_others_take_their_place_unless_others_never_come() -> None:
+    seen = Seen.of(MODEL, CALIB, "calibrate")
+    few = seen.take((seen.labels != 2) | (np.cumsum(seen.labels == 2) <= 5))
+    (question,) = asked(["cow"], False, count=4, names=NAMES)
+    chosen = telling(few, question, 200)
+    assert (chosen.examples, chosen.own(question).sum()) == (200, 5)
+    (pair,) = asked(["ant", "cow"], False, count=4, names=NAMES)
+    assert telling(seen, pair, 100).own(pair).all()
+    assert telling(seen, pair, 100).examples == 100
+
+
+@pytest.mark.parametrize("classes", [["cow"], ["ant", "cow"]])
+def test_harm_is_none_for_the_dense_network_and_grows_with_what_is_lost(classes: list[str]) -> None:
+    seen = Seen.of(MODEL, CALIB, "calibrate")
+    (question,) = asked(classes, False, count=4, names=NAMES)
+    # One class is told from all others; several keep their own rows, and none here rejects.
+    rows = (0, 1, 2, 3) if question.one else question.own
+    network = copy.deepcopy(MODEL)
+    network[4].weight.data, network[4].bias.data = network[4].weight.data[list(rows)], network[4].bias.data[list(rows)]
+    tells = harm(question, rows, seen)
+    assert tells(network) == pytest.approx(0, abs=1e-6)
+    network[2].weight.data.mul_(0.8)
+    little = tells(network)
+    network[2].weight.data.mul_(0.5)
+    assert 0 < little < tells(network)
+
+
+def test_a_deep_network_is_allocated_by_the_harm_to_the_own_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resect.specializing import search
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)).eval()
+    inputs = torch.randn(900, 1, 6, 6)
+    with torch.no_grad():
+        logits = model(inputs)
+        model[6].bias -= logits.mean(0)
+        model[6].weight.mul_(20)
+        model[6].bias.mul_(20)
+    data = list(zip(inputs.split(100), model(inputs).argmax(1).split(100)))
+    measured = []
+    original = search.weighed
+    monkeypatch.setattr(search, "weighed", lambda *a, **k: measured.append(original(*a, **k)) or measured[-1])
+    resect.specialize(
+        model, data[:3], data[3:6], certify=data[6:], classes=[1], floor=Floor(drop=0.2), false_positives=0.2, evaluations=1
+    )
+    assert measured
+    for errors in measured[0][0].errors.values():
+        assert errors[0] > errors[-1]
 
 
 def unlabelled(data: list) -> list:

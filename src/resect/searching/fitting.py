@@ -19,7 +19,7 @@ from resect.searching.finishing import ALTERNATIONS, finish
 from resect.searching.floor import Budget
 from resect.searching.found import Found
 from resect.searching.rounding import Rounding, RoundTo
-from resect.searching.sensitivity import weighed
+from resect.searching.sensitivity import from_dense, weighed
 from resect.searching.timing import Times, told
 from resect.surgery import check_deterministic, cut
 from resect.tracing.trace import check_ready
@@ -61,7 +61,8 @@ def fit(
     rounding = Rounding.of(scores.anatomy, round_to)
     # Where milliseconds count, fast widths are worth trying also where others are allowed.
     tried = rounding if budget.latency_ms is None else Rounding.of(scores.anatomy, round_to or "auto")
-    curves, passes = weighed(Curves.of(scores, method, rounding=tried), model, scores, data, method, quiet=quiet)
+    unweighed = Curves.of(scores, method, rounding=tried)
+    curves, passes = weighed(unweighed, model, scores, from_dense(model, data), method, quiet=quiet)
     curves = curves.filled(scores.anatomy, rounding=tried)
     notes: tuple[str, ...] = ()
     if budget.latency_ms is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,17 +36,29 @@ def divergence(expected: Sequence[Tensor], model: nn.Module, data: Sequence[Any]
     return total / max(count, 1.0)
 
 
-def weighed(
-    curves: Curves, model: nn.Module, scores: Scores, data: Sequence[Any], method: Method, *, quiet: bool = True
-) -> tuple[Curves, float]:
-    """Curves in nats of divergence from the dense network's answers, and the passes it took.
-
-    Each group alone is cut to 70 and to 40 % of its units, repaired from the trace, and run on some examples: the ratio
-    of the divergence to the predicted error, interpolated in between, weighs the group's whole curve. Labels are not used.
-    """
+def from_dense(model: nn.Module, data: Sequence[Any]) -> Callable[[nn.Module], float]:
+    """What tells the divergence of a network's answers from the dense network's, on a few hundred examples of the data."""
     few = first_examples(data, EXAMPLES)
     with torch.inference_mode():
         expected = [forward(model, unpack(item)) for item in few]
+    return lambda network: divergence(expected, network, few)
+
+
+def weighed(
+    curves: Curves,
+    model: nn.Module,
+    scores: Scores,
+    harm: Callable[[nn.Module], float],
+    method: Method,
+    *,
+    quiet: bool = True,
+) -> tuple[Curves, float]:
+    """Curves in nats of divergence from the dense network's answers, and the passes over the examples of `harm` that it took.
+
+    harm: tells how far the answers of a network are from those of the dense one, in nats (see `from_dense`). Each group alone
+    is cut to 70 and to 40 % of its units and repaired from the trace: the ratio of the harm to the predicted error,
+    interpolated in between, weighs the group's whole curve. Labels are not used.
+    """
     whole, passes = Plan.all(scores.anatomy), 1.0
     dense = whole.cost().macs
     errors = {}
@@ -58,7 +70,7 @@ def weighed(
             small = cut(model, plan, weights=repair(scores.trace, plan, method).weights, verify=False)
             predicted = float(np.interp(count, curves.counts[group.name], curves.errors[group.name]))
             counts.append(count)
-            ratios.append(max(divergence(expected, small, few), 1e-9) / max(predicted, 1e-9))
+            ratios.append(max(harm(small), 1e-9) / max(predicted, 1e-9))
             passes += plan.cost().macs / max(dense, 1.0)
         order = np.argsort(counts)
         weights = np.exp(np.interp(curves.counts[group.name], np.array(counts)[order], np.log(ratios)[order]))

@@ -27,7 +27,7 @@ from resect.searching import certify as certified
 from resect.searching.allocation import Curves
 from resect.searching.landing import by_curves, by_rank, by_share
 from resect.searching.search import Allocation
-from resect.searching.sensitivity import weighed
+from resect.searching.sensitivity import from_dense, weighed
 from resect.shrinking.keeping import Keeper, Round, fingerprint
 from resect.shrinking.target import Target, fast_enough, milliseconds
 from resect.surgery import check_deterministic, cut, state_digest
@@ -218,7 +218,7 @@ def _chosen(
     curves = None
     if options["allocation"] == "knapsack":
         curves = Curves.of(scores, options["repair"])
-        curves, _ = weighed(curves, small, scores, data, options["repair"], quiet=options["quiet"])
+        curves, _ = weighed(curves, small, scores, from_dense(small, data), options["repair"], quiet=options["quiet"])
 
     def within(limit: float) -> Plan:
         if curves is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax, logsumexp, softmax
+from scipy.special import log_softmax, logsumexp, softmax, xlogy
 from torch import nn
 
 from resect.anatomy import Anatomy, Group, Slices
@@ -123,8 +123,12 @@ class Target:
 
     def loss(self, outputs: np.ndarray) -> float:
         """Mean cross-entropy of a specialist's outputs against the target, in nats."""
-        share = np.concatenate([self.share, 1 - self.share], 1) if self.one else self.share
-        return float(-(share * log_softmax(self._full(outputs), 1)).sum(1)[self.rows].mean())
+        return float(-(self._whole * log_softmax(self._full(outputs), 1)).sum(1)[self.rows].mean())
+
+    @property
+    def entropy(self) -> float:
+        """The least loss that any outputs can have, in nats."""
+        return float(-xlogy(self._whole, self._whole).sum(1)[self.rows].mean())
 
     def weights(self, told: np.ndarray) -> np.ndarray:
         """(examples, answers) how much an error of each softened output counts: the second derivative of the loss."""
@@ -133,6 +137,11 @@ class Target:
     def missing(self, told: np.ndarray) -> np.ndarray:
         """(examples, answers) probability that is missing from each answer, 0 for examples that do not count."""
         return (self.share - told) * self.rows[:, None]
+
+    @property
+    def _whole(self) -> np.ndarray:
+        """Softened probabilities that add up to 1."""
+        return np.concatenate([self.share, 1 - self.share], 1) if self.one else self.share
 
     def _full(self, outputs: np.ndarray) -> np.ndarray:
         soft = outputs.reshape(len(outputs), -1) / TEMPERATURE

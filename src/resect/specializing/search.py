@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -20,12 +19,13 @@ from resect.searching import Floor, Trial
 from resect.searching.allocation import Curves, Knapsack, measure
 from resect.searching.finishing import finish
 from resect.searching.ladder import chances, climb
-from resect.searching.sensitivity import first_examples
+from resect.searching.sensitivity import first_examples, weighed
 from resect.specializing.aiming import Headed, aim, in_one_currency, linear_readers, slopes, specialised
 from resect.specializing.judging import OTHERS, OWN, Answers, Chosen, Seen, choose_threshold
 from resect.specializing.question import Question
 from resect.specializing.readout import OutputLayer, Target, rows_of
 from resect.specializing.specialist import Specialist
+from resect.specializing.telling import hardest, harm, telling
 from resect.surgery import cut, state_digest
 from resect.tracing import Trace
 
@@ -40,10 +40,10 @@ LEAST_FINAL, FINAL_TRIALS = 0.1, 4
 RUNGS = 12
 # Other examples that a trial is shown, as a multiple of the own ones: those that the dense network is least sure to refuse.
 HARDEST = 3
-SLOPE_EXAMPLES = 500
+SLOPE_EXAMPLES, WEIGHING_EXAMPLES = 500, 512
 LEVELS = 32
 # Largest final repair of one network, in multiply-adds of passes of both networks; and the fewest examples for it.
-LARGEST_REPAIR, LEAST_EXAMPLES = 1.5e10, 100
+LARGEST_REPAIR, LEAST_EXAMPLES = 4e10, 100
 # Networks that keep more than this share of their units lose little, and their large readers take long to re-solve.
 AIMED_BELOW = 0.5
 
@@ -180,32 +180,24 @@ class _One:
         rows = rows_of(question, shared.calib.logits, self.target)
         self.headed = Headed.of(shared.model, shared.anatomy, shared.layer, question, rows)
         self.readers = linear_readers(self.headed)
-        # Layers in turn are fitted for what dense layers make. Where `aim` can, it does that for the own answer, at less cost.
+        # Linear throughout: `aim` re-solves every layer for the own answer.
         reading = {part.tensor for group in self.headed.anatomy.groups for part in group.readers}
-        self.alternations = 0 if reading <= set(self.readers) else TURNS
+        self.linear = reading <= set(self.readers)
         self.measure = measure(self.headed.anatomy, shared.minimise)
         self.dense = self.measure(Plan.all(self.headed.anatomy).kept)
         own = shared.search.own(question)
         self.certify = int(shared.counts[list(question.own)].sum()), int(shared.counts[list(question.others)].sum())
-        self.hard = shared.search.take(self._hardest(own))
+        self.hard = shared.search.take(hardest(shared.search, question, HARDEST * int(own.sum())))
         self.refused = int((~own).sum() - (~self.hard.own(question)).sum()) if question.rejects else 0
         self.few = self._affordable()
         self.trials: list[Trial] = []
         self.families: dict[int, Callable[[float], Plan]] = {}
 
-    def _affordable(self) -> list[Any]:
-        """As many calibrate batches as the final repair can go through."""
+    def _affordable(self) -> Seen:
+        """As many calibrate examples as the final repair can go through, chosen for the question."""
         each = max(2 * Plan.all(self.headed.whole).cost().macs, 1.0)
-        return first_examples(self.shared.calib.batches, max(int(LARGEST_REPAIR / each), LEAST_EXAMPLES))
-
-    def _hardest(self, own: np.ndarray) -> np.ndarray:
-        """(examples,) own examples, and the others that come closest to being taken for one."""
-        if not self.question.rejects:
-            return own
-        score = np.where(own, np.inf, self.shared.search.score(self.question))
-        shown = np.zeros(len(own), dtype=bool)
-        shown[np.argsort(-score, kind="stable")[: (1 + HARDEST) * int(own.sum())]] = True
-        return shown
+        count = max(int(LARGEST_REPAIR / each), LEAST_EXAMPLES)
+        return telling(self.shared.calib, self.question, count, seed=self.shared.seed)
 
     def scores(self, network: nn.Module) -> Scores:
         """Units scored for this specialist; `network` is the dense one with its head, or a repaired one with removed units
@@ -221,10 +213,18 @@ class _One:
         """Plans of least predicted harm by their share of the dense cost."""
         if id(scores) in self.families:
             return self.families[id(scores)]
-        curves = in_one_currency(Curves.of(scores, "least_squares", levels=LEVELS), scores.trace)
-        knapsack = Knapsack(scores=scores, curves=curves, measure=self.measure)
+        knapsack = Knapsack(scores=scores, curves=self._curves(scores), measure=self.measure)
         self.families[id(scores)] = lambda share: knapsack.within(share * self.dense)
         return self.families[id(scores)]
+
+    def _curves(self, scores: Scores) -> Curves:
+        """Predicted harm to the answer. In deep networks it is measured group by group: slopes there say little."""
+        if self.linear:
+            return in_one_currency(Curves.of(scores, "least_squares", levels=LEVELS), scores.trace)
+        network, few = self.headed.network, self.few.take(np.arange(self.few.examples) < WEIGHING_EXAMPLES)
+        tells = harm(self.question, self.headed.rows, few)
+        curves, _ = weighed(Curves.of(scores, "least_squares"), network, scores, tells, "least_squares")
+        return curves.filled(scores.anatomy)
 
     def bisect(self, scores: Scores, low: float, high: float, evaluations: int) -> Plan | None:
         """Halve an interval of sizes on a logarithmic scale; the leanest plan that was ahead of its promises, if any was."""
@@ -301,7 +301,9 @@ class _One:
 
     def _finish(self, scores: Scores, plan: Plan) -> Candidate:
         shared = self.shared
-        small, _ = finish(self.headed.network, scores, plan, self.few, "least_squares", alternations=self.alternations)
+        # Layers in turn are fitted for what dense layers make. Where `aim` can, it does that for the own answer, at less cost.
+        turns, few = 0 if self.linear else TURNS, list(self.few.batches)
+        small, _ = finish(self.headed.network, scores, plan, few, "least_squares", alternations=turns)
         model = self.headed.specialist(small)
         if plan.share < AIMED_BELOW:
             model = aim(model, self.readers, shared.calib.batches, self.target, sweeps=shared.sweeps)
