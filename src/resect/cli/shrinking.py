@@ -42,6 +42,9 @@ Rounds = Annotated[int, typer.Option(min=1, help="Cut in so many rounds; 1 cuts 
 Epochs = Annotated[float, typer.Option(min=0, help="Epochs of recovery on the train split; 0 leaves it out.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps of recovery, in place of epochs.")]
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate of the recovery (default: a short sweep).")]
+Adapters = Annotated[
+    int | None, typer.Option(min=1, help="Recover low-rank adapters of this rank alone (needs the extra `adapters`).")
+]
 
 
 @app.command()
@@ -58,6 +61,7 @@ def shrink(
     epochs: Epochs = 3.0,
     steps: Steps = None,
     learning_rate: LearningRate = None,
+    adapters: Adapters = None,
     floor: FloorOption = None,
     drop: Drop = None,
     delta: Delta = 0.05,
@@ -77,7 +81,7 @@ def shrink(
 
         goal = _budget({"parameters": parameters, "macs": macs, "latency_ms": latency_ms})
         promise = None if floor is None and drop is None else commands._goal(floor, drop, delta)
-        recovery = _recovery(epochs, steps, learning_rate, seed)
+        recovery = _recovery(epochs, steps, learning_rate, adapters, seed)
         source = load_model(model, architecture=architecture)
         with commands._status(f"reading {data}", quiet=quiet or json):
             splits = fitted(source.model, load_data(data, seed=seed, certify_from=certify_from.value))
@@ -97,13 +101,15 @@ def _budget(limits: dict[str, float | None]) -> Budget:
     return Budget(**named)
 
 
-def _recovery(epochs: float, steps: int | None, learning_rate: float | None, seed: int) -> Recovery | None:
+def _recovery(
+    epochs: float, steps: int | None, learning_rate: float | None, adapters: int | None, seed: int
+) -> Recovery | None:
     from resect.recovery import Recovery
 
     if not epochs and steps is None:
         return None
     length: dict[str, Any] = {"epochs": epochs} if steps is None else {"steps": steps}
-    return Recovery(**length, learning_rate=learning_rate, seed=seed)
+    return Recovery(**length, learning_rate=learning_rate, adapters=adapters, seed=seed)
 
 
 def _shrunk(

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 
 from resect.batches import device_of, unpack
+from resect.recovery.adapters import merge
 from resect.recovery.checkpoints import read, write
 from resect.recovery.feeding import Feed, feed, fingerprint
 from resect.recovery.losses import is_causal
@@ -235,6 +236,8 @@ class _Run:
             step, _, values = self.best
         model = copy.deepcopy(self.small) if self.training is None else self.training.model
         put(model, values)
+        if self.training is not None and self.training.adapted is not None:
+            model = merge(self.training.adapted, self.small)
         for parameter in model.parameters():
             parameter.grad = None
         notes = [self.stopped] if self.stopped else []

@@ -29,7 +29,9 @@ class Recovery:
     join. learning_rate: the peak; a tuple is swept; None sweeps 1x, .3x and 3x of 1e-3 (AdamW) or .03 (SGD with momentum .9),
     each for a tenth of the steps. temperature: of the distillation. distillation: its share of the loss in [0, 1], the rest is
     cross-entropy. weight_decay: None is .01 (AdamW) or 5e-4 (SGD). clip: largest norm of the gradient. warmup: share of the
-    steps over which the rate rises, before a cosine to 0. mixed: bfloat16 on a GPU that has it.
+    steps over which the rate rises, before a cosine to 0. mixed: bfloat16 on a GPU that has it. adapters: train only low-rank
+    adapters of this rank (LoRA; 8 or 16, say) and merge them at the end, which spares gradients and optimizer states of large
+    networks; needs the extra `adapters`.
 
     loss: `(logits, the dense network's logits or None, batch) -> scalar` in place of the loss above. training_step:
     `(small, dense or None, batch as it came) -> scalar`, which runs the networks itself.
@@ -51,6 +53,7 @@ class Recovery:
     clip: float = 1.0
     warmup: float = 0.05
     mixed: bool = True
+    adapters: int | None = None
     loss: Loss | None = None
     training_step: TrainingStep | None = None
     seed: int = 0
@@ -66,6 +69,10 @@ class Recovery:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and low <= value <= high):
                 raise GoalError(f"Recovery({name}={value!r}) must be a number from {low:g} to {high:g}")
+        if self.adapters is not None and not (
+            isinstance(self.adapters, int) and _is_number(self.adapters) and self.adapters > 0
+        ):
+            raise GoalError(f"Recovery(adapters={self.adapters!r}) must be a whole number of at least 1, or None; write 16")
         for rate in self.rates:
             if not _is_number(rate) or not 0 < rate < math.inf:
                 raise GoalError(f"Recovery(learning_rate={self.learning_rate!r}) must be above 0; write 1e-3, for example")

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resect.batches import Batch, device_of, forward, unpack
 from resect.errors import DataError, ModelError
+from resect.recovery.adapters import attach
 from resect.recovery.losses import recovery_loss
 from resect.recovery.settings import Recovery
 
@@ -29,6 +30,7 @@ class Training:
         self.dense, self.recovery, self.rate, self.steps, self.causal = dense, recovery, rate, steps, causal
         self.model = copy.deepcopy(small)
         self.device = device_of(self.model)
+        self.adapted = None if recovery.adapters is None else attach(self.model, recovery.adapters)
         self.optimizer = _optimizer(self.model, recovery)
         self.least = 2 if any(isinstance(module, _BatchNorm) for module in self.model.modules()) else 1
         self.done, self.running = 0, 0.0
@@ -143,15 +145,21 @@ class Training:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers by name, buffers that no state dict holds too."""
-    return {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    """Copies of all that training changes, by name: parameters that require gradients, and buffers that no state dict holds
+    too."""
+    return {name: tensor.detach().clone() for name, tensor in _changing(model)}
 
 
 def put(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Set parameters and buffers to those that `tensors` copied."""
     with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in _changing(model):
             tensor.copy_(values[name])
+
+
+def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    yield from model.named_buffers()
 
 
 def rise_and_fall(step: int, steps: int, warmup: float) -> float:
