@@ -15,9 +15,9 @@ from torch import nn
 
 import resect
 from resect.scoring import PRESETS, Spectral
-from resect.scoring.spectral import Graph, neighbour_graph
+from resect.scoring.spectral import Graph, neighbour_graph, neighbours
 from resect.scoring.spectral.forms import full, output_matrix, solve
-from resect.scoring.spectral.graph import nearest
+from resect.scoring.spectral.neighbours import nearest
 from resect.testing import check_scorer, example_evidence
 from resect.tracing import Evidence, States
 
@@ -217,8 +217,8 @@ def test_the_score_by_hand() -> None:
 
 @pytest.mark.parametrize("blocks", [64, 4096])
 def test_nearest_is_exact_in_blocks(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resect.scoring.spectral.graph.BLOCK", blocks)
-    monkeypatch.setattr("resect.scoring.spectral.graph.RUN", 4)
+    monkeypatch.setattr("resect.scoring.spectral.neighbours.BLOCK", blocks)
+    monkeypatch.setattr("resect.scoring.spectral.neighbours.RUN", 4)
     values = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
     square = np.square(values[:, None].astype(np.float64) - values[None]).sum(2)
     np.fill_diagonal(square, np.inf)
@@ -228,6 +228,41 @@ def test_nearest_is_exact_in_blocks(blocks: int, monkeypatch: pytest.MonkeyPatch
     for rows in (np.arange(10, 90), np.arange(10, 290)):
         found = nearest(torch.from_numpy(values), 2, rows=rows, apart=labels)
         assert np.array_equal(found, np.argsort(square, axis=1, kind="stable")[rows, :2])
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3, 3.0])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_nearest_is_exact_where_products_are_rough(spread: float, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Clusters that are tight, so that rounding hides who is near, or wide.
+    draw = np.random.default_rng(0)
+    centres = draw.normal(size=(5, 64))
+    values = scale * (centres[draw.integers(0, 5, 400)] + spread * draw.normal(size=(400, 64)))
+    values = torch.from_numpy((values - values.mean(0)).astype(np.float32))
+    labels = np.arange(400) % 3
+    exact = nearest(values, 7), nearest(values, 2, apart=labels), nearest(values, 2, rows=np.arange(10, 390), apart=labels)
+    sure = []
+    original = neighbours._roughly
+    monkeypatch.setattr(neighbours, "_roughly", lambda *a: sure.append(original(*a)) or sure[-1])
+    monkeypatch.setattr(neighbours, "ROUGH_FROM", 100)
+    monkeypatch.setattr(neighbours, "rough_is_fast", lambda device: True)
+    monkeypatch.setattr(neighbours, "BLOCK", 128)
+    rough = nearest(values, 7), nearest(values, 2, apart=labels), nearest(values, 2, rows=np.arange(10, 390), apart=labels)
+    for one, other in zip(exact, rough):
+        assert np.array_equal(np.sort(one), np.sort(other))
+    assert len(sure) == 3
+    # Where neighbours differ by less than rounding, few are taken for sure; where they differ by more, some are.
+    assert sure[0][1].float().mean() < 0.05 if spread == 0.02 else sure[0][1].any()
+
+
+def test_what_rough_products_miss_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "ROUGH_FROM", 10)
+    monkeypatch.setattr(neighbours, "rough_is_fast", lambda device: True)
+    # On a line far out, where bfloat16 holds every second number.
+    line = torch.zeros(200, 2)
+    line[:, 0] = 1 + torch.arange(200) / 256
+    found = np.sort(nearest(line, 2), axis=1)
+    middle = np.arange(1, 199)
+    assert np.array_equal(found[middle], np.stack([middle - 1, middle + 1], axis=1))
 
 
 def test_components_are_joined_by_their_shortest_edges() -> None:
