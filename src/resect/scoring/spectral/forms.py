@@ -5,6 +5,7 @@ With L the Laplacian of the input graph and B = L_out + eps: e_pq = (e_p - e_q)^
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import numpy as np
@@ -117,7 +118,7 @@ def solve(matrix: sparse.csr_array, right: np.ndarray, *, tolerance: float = TOL
 
     Raises ScoreError where the residual does not fall below `tolerance` of the right side.
     """
-    inverse = torch.from_numpy(1 / matrix.diagonal()[:, None])
+    inverse, times = torch.from_numpy(1 / matrix.diagonal()[:, None]), _torch(matrix)
     residual = torch.from_numpy(right).clone()
     answer, direction = torch.zeros_like(residual), inverse * residual
     energy = (residual * direction).sum(0)
@@ -125,13 +126,22 @@ def solve(matrix: sparse.csr_array, right: np.ndarray, *, tolerance: float = TOL
     for step in range(ITERATIONS):
         if step % LOOK_EVERY == 0 and bool((residual.square().sum(0) <= goal).all()):
             return answer.numpy()
-        product = torch.from_numpy(matrix @ direction.numpy())
+        product = times @ direction
         length = energy / (direction * product).sum(0).clamp_min(1e-300)
         answer.addcmul_(direction, length)
         residual.addcmul_(product, length, value=-1)
         energy, before = (residual.square() * inverse).sum(0), energy
         direction.mul_(energy / before.clamp_min(1e-300)).addcmul_(inverse, residual)
     raise ScoreError(f'the output graph of {matrix.shape[0]} units is too badly conditioned to solve: write mode="proxy"')
+
+
+def _torch(matrix: sparse.csr_array) -> torch.Tensor:
+    """The same matrix where products use all threads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        starts, columns = (torch.from_numpy(part.astype(np.int32)) for part in (matrix.indptr, matrix.indices))
+        data = torch.from_numpy(matrix.data)
+        return torch.sparse_csr_tensor(starts, columns, data, size=matrix.shape, check_invariants=False)
 
 
 def _signs(edge: np.ndarray, count: int, seed: int) -> np.ndarray:
