@@ -30,6 +30,7 @@ TOLERANCE, ITERATIONS, LOOK_EVERY = 1e-6, 2000, 8
 EIGEN, INNER = 1e-6, 1e-10
 TIE = 1e-9
 SIGNS = 64
+THREADED = 8
 EDGES_AT_ONCE = 1 << 16
 
 
@@ -118,7 +119,9 @@ def solve(matrix: sparse.csr_array, right: np.ndarray, *, tolerance: float = TOL
 
     Raises ScoreError where the residual does not fall below `tolerance` of the right side.
     """
-    inverse, times = torch.from_numpy(1 / matrix.diagonal()[:, None]), _torch(matrix)
+    inverse = torch.from_numpy(1 / matrix.diagonal()[:, None])
+    # One column is soon multiplied, and threads would wait for each other longer than that.
+    times = _torch(matrix) if right.shape[1] >= THREADED else None
     residual = torch.from_numpy(right).clone()
     answer, direction = torch.zeros_like(residual), inverse * residual
     energy = (residual * direction).sum(0)
@@ -126,7 +129,7 @@ def solve(matrix: sparse.csr_array, right: np.ndarray, *, tolerance: float = TOL
     for step in range(ITERATIONS):
         if step % LOOK_EVERY == 0 and bool((residual.square().sum(0) <= goal).all()):
             return answer.numpy()
-        product = times @ direction
+        product = torch.from_numpy(matrix @ direction.numpy()) if times is None else times @ direction
         length = energy / (direction * product).sum(0).clamp_min(1e-300)
         answer.addcmul_(direction, length)
         residual.addcmul_(product, length, value=-1)
