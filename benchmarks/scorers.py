@@ -1,6 +1,6 @@
 """Which scorer finds the units that can go: every scorer, on five networks, before and after one recovery.
 
-    python benchmarks/scorers.py                                        # part `before`, everything: about 30 CPU minutes
+    python benchmarks/scorers.py                                        # part `before`, everything: about an hour
     python benchmarks/scorers.py --parts iterative --networks mnist,stories
     python benchmarks/scorers.py --parts after,scratch --networks resnet20 --removed 0.5 --scorers spectral,isolation,magnitude
     python benchmarks/scorers.py --quick                                # one seed, tiny data, one size; writes nothing

@@ -75,6 +75,25 @@ def test_only_what_can_be_merged_is_trained(dense: nn.Module, small: nn.Module) 
     assert best.val_accuracy == resect.evaluate(result.model, val).accuracy
 
 
+def test_a_layer_that_is_used_in_two_places_is_left_alone() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+            self.again = self.one
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.again(torch.relu(self.one(x)))))
+
+    torch.manual_seed(0)
+    network = Twice().eval()
+    result = resect.recover(None, network, examples(600, 0), settings(), val=(val := examples(400, 3)))
+    assert torch.equal(result.model.one.weight, network.one.weight)
+    assert not torch.equal(result.model.head.weight, network.head.weight)
+    best = next(check for check in result.history if check.step == result.best)
+    assert best.val_accuracy == resect.evaluate(result.model, val).accuracy
+
+
 def test_adapters_are_no_wider_than_their_layer(small: nn.Module) -> None:
     network = copy.deepcopy(small)
     adapted = attach(network, 16)
@@ -88,17 +107,14 @@ def test_adapters_are_no_wider_than_their_layer(small: nn.Module) -> None:
 
 
 def test_same_seed_same_bytes_also_after_a_kill(dense: nn.Module, small: nn.Module, tmp_path) -> None:
-    steps = 0
-
-    data, val = examples(600, 0), examples(200, 3)
+    data, val, steps = examples(600, 0), examples(200, 3), 0
     whole = resect.recover(dense, small, data, settings(), val=val, work=tmp_path / "whole")
-    deadly = 25
 
     class Killed(Mixed):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             nonlocal steps
             steps += self.training
-            if steps == deadly:
+            if steps == 25:
                 raise KeyboardInterrupt
             return super().forward(x)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resect.errors import GoalError, ModelError
+from resect.errors import ModelError
 
 # Adapters count twice their rank over their rank, as is usual; the learning rate does the rest.
 SCALE = 2
@@ -21,16 +21,12 @@ def attach(model: nn.Module, rank: int) -> Any:
 
     rank: inner width of the adapters; those of a layer that is narrower are as wide as the layer. Adapted are linear layers,
     convolutions without groups and the projections of GPT-2, except those that are frozen, and those whose weight is used by
-    another module too: merging would change it there as well. Raises GoalError where peft is not installed, ModelError where
-    nothing can be adapted. Source: Hu et al. 2021, arXiv 2106.09685.
+    another module too, or in another place: merging would change it there as well. Raises ModelError where nothing can be
+    adapted. Source: Hu et al. 2021, arXiv 2106.09685.
     """
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
-    except ImportError:
-        raise GoalError(
-            f'Recovery(adapters={rank}) needs peft: pip install "resect[adapters]", or leave it out to train all weights'
-        ) from None
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
     ranks = {name: min(rank, min(_sides(module))) for name, module in _adaptable(model).items()}
     if not ranks:
         raise ModelError(
@@ -66,12 +62,7 @@ def merge(adapted: Any, like: nn.Module) -> nn.Module:
 
 
 def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    uses = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )  # fmt: skip
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {
         name: module
         for name, module in model.named_modules()

@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Recovery:
     loss: `(logits, the dense network's logits or None, batch) -> scalar` in place of the loss above. training_step:
     `(small, dense or None, batch as it came) -> scalar`, which runs the networks itself.
 
-    Raises GoalError for values out of range, and for both `steps` and `epochs`.
+    Raises GoalError for values out of range, for both `steps` and `epochs`, and for adapters where peft is not installed.
 
     >>> Recovery(steps=60, learning_rate=1e-3).rates
     (0.001,)
@@ -73,6 +74,11 @@ class Recovery:
             isinstance(self.adapters, int) and _is_number(self.adapters) and self.adapters > 0
         ):
             raise GoalError(f"Recovery(adapters={self.adapters!r}) must be a whole number of at least 1, or None; write 16")
+        if self.adapters is not None and find_spec("peft") is None:
+            raise GoalError(
+                f'Recovery(adapters={self.adapters}) needs peft: pip install "resect[adapters]", or leave it out to train '
+                "all weights"
+            )
         for rate in self.rates:
             if not _is_number(rate) or not 0 < rate < math.inf:
                 raise GoalError(f"Recovery(learning_rate={self.learning_rate!r}) must be above 0; write 1e-3, for example")

@@ -30,6 +30,7 @@ TOLERANCE, ITERATIONS, LOOK_EVERY = 1e-6, 2000, 8
 EIGEN, INNER = 1e-6, 1e-10
 TIE = 1e-9
 SIGNS = 64
+# Fewer columns are soon multiplied, and threads would wait for each other longer than that.
 THREADED = 8
 EDGES_AT_ONCE = 1 << 16
 
@@ -120,7 +121,6 @@ def solve(matrix: sparse.csr_array, right: np.ndarray, *, tolerance: float = TOL
     Raises ScoreError where the residual does not fall below `tolerance` of the right side.
     """
     inverse = torch.from_numpy(1 / matrix.diagonal()[:, None])
-    # One column is soon multiplied, and threads would wait for each other longer than that.
     times = _torch(matrix) if right.shape[1] >= THREADED else None
     residual = torch.from_numpy(right).clone()
     answer, direction = torch.zeros_like(residual), inverse * residual
